@@ -1,0 +1,153 @@
+"""TorchRL losses under the mean the papers use (over an episode's steps, then over episodes), and steps along them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchrl.objectives import ClipPPOLoss
+
+
+def pack(batch: TensorDictBase, keep: Tensor | None = None) -> TensorDict:
+    """The active steps of a batch of episodes, one after the other, each with its ``weight`` in the mean.
+
+    Args:
+        batch: [E, T] with ``active`` bool [E, T].
+        keep: bool [E], episodes to keep. The others still count in the mean: leaving out episodes whose loss has no
+            gradient (advantage 0) is then a pure saving.
+
+    Returns:
+        TensorDict [N] with ``weight`` float [N] = 1 / (E * active steps of the episode), without ``active``.
+    """
+    active = batch["active"]  # (E, T)
+    weight = 1 / (active.shape[0] * active.sum(-1, keepdim=True).clamp_min(1)).expand_as(active)
+    chosen = active if keep is None else active & keep[:, None]
+    steps = batch.exclude("active")[chosen]
+    return steps.set("weight", weight[chosen])
+
+
+class EpisodeMean:
+    """Mixin for a TorchRL loss module: reduces every ``loss_*`` entry of packed steps [N] as sum(loss * weight).
+
+    The input is what ``pack`` returns, or any part of it: the losses of parts add up to the loss of the whole. The other
+    entries (``clip_fraction``, ``kl_approx``, ..) are plain means over the steps given. ``ESS`` is left out: it compares
+    steps of unrelated states and does not add up over parts.
+
+    >>> class GRPOLoss(EpisodeMean, ClipPPOLoss): ...
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "reduction": "none"})
+
+    def forward(self, steps: TensorDictBase) -> TensorDict:
+        weight = steps["weight"]  # (N,)
+        out = super().forward(steps)
+        reduced = {
+            k: (v.reshape(weight.shape) * weight).sum() if k.startswith("loss_") else v
+            for k, v in out.items()
+            if k != "ESS"
+        }
+        return TensorDict(reduced)
+
+
+class GRPOLoss(EpisodeMean, ClipPPOLoss):
+    """The clipped objective with one ratio per step, weighted by a given ``advantage`` [N, 1] (LUP).
+
+    Built as ``GRPOLoss(actor, None, clip_epsilon=0.5, entropy_bonus=False, functional=False)``.
+    """
+
+
+class Descent:
+    """Full-batch gradient steps on a loss over packed steps; what every algorithm does once its loss is defined.
+
+    Args:
+        loss: module of packed steps [N] -> TensorDict whose ``loss_*`` entries add up over parts (``EpisodeMean``).
+        optimizer: factory, parameters -> optimizer (in Hydra: ``_partial_: true``).
+        scheduler: factory, optimizer -> learning-rate scheduler, or None for a constant rate.
+        max_grad_norm: the gradient is scaled down to this norm.
+        chunk: most steps in one forward (bounds memory; the gradient is that of the whole), or None.
+
+    Raises:
+        ValueError: ``max_grad_norm`` or ``chunk`` is not positive.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        max_grad_norm: float = 0.2,
+        chunk: int | None = None,
+    ):
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} is not valid: it must be > 0")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk={chunk} is not valid: steps per forward, >= 1, or null for all at once")
+        self.loss, self.max_grad_norm, self.chunk = loss, max_grad_norm, chunk
+        self.parameters = [p for p in loss.parameters() if p.requires_grad]
+        self.optimizer = optimizer(self.parameters)
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+
+    def backward(self, steps: TensorDictBase) -> dict[str, Tensor]:
+        """Set the gradient of the summed ``loss_*`` over ``steps`` [N]; returns ``loss`` and the loss's other entries."""
+        self.optimizer.zero_grad()
+        total: dict[str, Tensor] = {}
+        for part in steps.split(self.chunk or len(steps)):
+            out = self.loss(part)
+            loss = sum(v for k, v in out.items() if k.startswith("loss_"))
+            loss.backward()
+            for key, value in {"loss": loss, **out}.items():
+                _accumulate(total, key, value.detach(), len(part) / len(steps))
+        return total
+
+    def step(self, steps: TensorDictBase) -> dict[str, float]:
+        """One optimizer step over ``steps`` [N]; returns metrics, ``grad_norm`` before clipping among them."""
+        metrics = self.backward(steps)
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm, error_if_nonfinite=True)
+        self.optimizer.step()
+        return {key: float(value) for key, value in metrics.items()}
+
+    def end_round(self) -> float:
+        """Advance the schedule by one round (one batch of episodes); returns the learning rate the round had."""
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if self.scheduler:
+            with warnings.catch_warnings():
+                # A first round without any gradient step is legitimate, PyTorch warns about it.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+        return learning_rate
+
+    def state_dict(self) -> dict:
+        # Parameters only: a TorchRL loss keeps settings (clip_epsilon, ..) in buffers, and those are the new run's.
+        parameters = {name: p.detach() for name, p in self.loss.named_parameters()}
+        scheduler = self.scheduler.state_dict() if self.scheduler else None
+        return {"parameters": parameters, "optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the parameters differ in name or shape, or only one of the two has a scheduler."""
+        own, saved = dict(self.loss.named_parameters()), state["parameters"]
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in saved.items()}:
+            raise ValueError("the saved parameters differ from this network's in name or shape")
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError("the saved run and this one differ in having a learning-rate scheduler")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _accumulate(total: dict[str, Tensor], key: str, value: Tensor, share: float) -> None:
+    """Fold one part's entry into the total: losses add, extremes compare, means are weighted by the part's share."""
+    if key.startswith("loss"):
+        total[key] = total.get(key, 0) + value
+    elif key.startswith("max_"):
+        total[key] = torch.maximum(total.get(key, value), value)
+    else:
+        total[key] = total.get(key, 0) + share * value

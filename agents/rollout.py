@@ -1,0 +1,138 @@
+"""Episodes from the vector environment: for training (recorded, in groups) and for evaluation (results only)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from agents.policies import PolicyDecider
+from dllm_gym.dealer import EMPTY
+from dllm_gym.noise import fold, uniform
+from dllm_gym.vector_env import DLLMUnmaskVectorEnv
+
+Decider = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass
+class Results:
+    """How E episodes ended, in the order in which their examples were given.
+
+    Attributes:
+        reward, score: float32 [E]. nfe: int64 [E]. example: int64 [E].
+        completions: E texts.
+        row_forwards: rows that the dLLM computed. empty_steps: share of steps that unmasked nothing.
+        idle_lanes: share of lane-steps without an episode.
+    """
+
+    reward: Tensor
+    score: Tensor
+    nfe: Tensor
+    example: Tensor
+    completions: list[str]
+    row_forwards: int = 0
+    empty_steps: float = 0.0
+    idle_lanes: float = 0.0
+
+
+@dataclass
+class Step:
+    """One step of the lanes that hold an episode (n of them): which episode, its how-manieth step, what was seen."""
+
+    lanes: Tensor  # int64 [n]
+    episode: Tensor  # int64 [n]
+    time: Tensor  # int64 [n]
+    observation: dict[str, Tensor]  # every lane, [B, ...]
+    noise: Tensor  # float32 [B, L]
+
+
+def evaluate(env: DLLMUnmaskVectorEnv, decider: Decider, examples: Sequence[int], seed: int = 0) -> Results:
+    """Decode ``examples`` with a heuristic or a policy.
+
+    An episode's result depends on its place in ``examples`` and on ``seed`` (where draws are involved at all), not on
+    the number of lanes nor on its company.
+    """
+    return _play(env, lambda step: decider(step.observation, step.noise), examples, seed)
+
+
+def rollout(
+    env: DLLMUnmaskVectorEnv, policy: PolicyDecider, examples: Sequence[int], seed: int = 0
+) -> tuple[TensorDict, Results]:
+    """Decode ``examples`` with a policy and record every step; a group is an example that is listed several times.
+
+    Returns:
+        A TensorDict [E, T] with the observation, ``action`` int8 [E, T, L], ``action_log_prob`` float32 [E, T] and
+        ``active`` bool [E, T] (False behind an episode's end, where everything is 0), T the longest episode; and the
+        results.
+    """
+    store: dict[str, Tensor] = {}
+    shape = (len(examples), env.core.max_steps)
+
+    def decide_and_record(step: Step) -> Tensor:
+        action, log_prob = policy.decide(step.observation, step.noise)
+        active = torch.ones_like(log_prob, dtype=torch.bool)
+        seen = {**step.observation, "action": action, "action_log_prob": log_prob, "active": active}
+        for name, value in seen.items():
+            if name not in store:
+                store[name] = value.new_zeros((*shape, *value.shape[1:]))
+            store[name][step.episode, step.time] = value[step.lanes]
+        return action
+
+    results = _play(env, decide_and_record, examples, seed)
+    longest = int(results.nfe.max())
+    return TensorDict({name: value[:, :longest] for name, value in store.items()}, (shape[0], longest)), results
+
+
+def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: Sequence[int], seed: int) -> Results:
+    """Run one episode per entry of ``examples``, refilling lanes as they finish."""
+    E, B, device = len(examples), env.num_envs, env.device
+    results = Results(
+        reward=torch.zeros(E, device=device),
+        score=torch.zeros(E, device=device),
+        nfe=torch.zeros(E, dtype=torch.int64, device=device),
+        example=torch.as_tensor(np.asarray(examples, np.int64), device=device),
+        completions=[""] * E,
+    )
+    chosen = [int(e) for e in examples]
+    first = chosen[:B] + [EMPTY] * (B - E)
+    observation, _ = env.reset(seed=seed, options={"examples": first, "queue": chosen[B:]})
+    streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
+    episode = np.where(np.arange(B) < E, np.arange(B), EMPTY)  # which episode each lane works on
+    time = torch.zeros(B, dtype=torch.int64, device=device)
+    forwards, lane_steps, steps, empty = env.core.row_forwards, 0, 0, torch.zeros((), device=device)
+    waiting = iter(range(B, E))
+    while (episode != EMPTY).any():
+        lanes = torch.as_tensor(np.flatnonzero(episode != EMPTY), device=device)
+        which = torch.as_tensor(episode, device=device)
+        noise = uniform(streams[which], time, env.core.L)
+        action = decide(Step(lanes, which[lanes], time[lanes], observation, noise))
+        chosen_any = (action.bool() & observation["action_mask"].bool()).any(1)
+        empty += (~chosen_any[lanes]).sum()
+        lane_steps, steps = lane_steps + B, steps + len(lanes)
+        observation, _, _, _, info = env.step(action)
+        time += 1
+        if "episode" in info:
+            _collect(results, info, episode, env.last_completions())
+            for lane in np.flatnonzero(info["_episode"].cpu().numpy()):  # the env's own order: lowest lane first
+                episode[lane] = next(waiting, EMPTY)
+                time[lane] = 0
+    results.row_forwards = env.core.row_forwards - forwards
+    results.empty_steps = float(empty) / max(steps, 1)
+    results.idle_lanes = 1 - steps / max(lane_steps, 1)
+    return results
+
+
+def _collect(results: Results, info: dict[str, Any], episode: np.ndarray, completions: list[str | None]) -> None:
+    """Write down the episodes that have just ended."""
+    done = info["_episode"]
+    where = torch.as_tensor(episode, device=done.device)[done]
+    results.reward[where] = info["episode"]["r"][done]
+    results.score[where] = info["episode"]["score"][done]
+    results.nfe[where] = info["episode"]["l"][done]
+    for lane in np.flatnonzero(done.cpu().numpy()):
+        results.completions[episode[lane]] = completions[lane] or ""

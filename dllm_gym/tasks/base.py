@@ -1,0 +1,125 @@
+"""What a task is: where prompts come from, and how an answer is graded."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Example = Mapping[str, Any]
+
+SPLITS = ("train", "validation", "test")
+ATTEMPTS = 10_000  # draws without anything new after which a split counts as exhausted
+
+
+class Task(ABC):
+    """A source of prompts together with the grader of their answers.
+
+    Attributes:
+        name: how configurations call the task.
+        gen_length: L, the number of completion tokens an answer needs by default.
+    """
+
+    name: str
+    gen_length: int
+
+    @abstractmethod
+    def examples(self, split: str) -> Dataset:
+        """The examples of ``split``; the same ones at every call.
+
+        Raises:
+            ValueError: the split is not one of the task's.
+        """
+
+    @abstractmethod
+    def prompt(self, example: Example) -> str:
+        """The text that the dLLM is shown before the masked completion."""
+
+    @abstractmethod
+    def grade(self, example: Example, completion: str) -> float:
+        """The score in [0, 1] of a decoded completion. Never raises, whatever the text."""
+
+
+class ProceduralTask(Task):
+    """A task whose examples a seeded generator makes; its splits share no prompt.
+
+    A prompt belongs to exactly one split, by a checksum of its text: a tenth of all prompts to ``test``, a tenth to
+    ``validation``, the rest to ``train``. Splits stay disjoint for every seed and size, and whoever trains a dLLM on
+    :meth:`draw` with ``split="train"`` has not seen a test prompt.
+
+    Args:
+        seed: seed of the generator; other seeds give other examples of the same splits.
+        sizes: number of examples per split; a split never holds a prompt twice.
+    """
+
+    def __init__(self, seed: int = 0, sizes: Mapping[str, int] | None = None):
+        self.seed = seed
+        self.sizes = {"train": 10_000, "validation": 2_000, "test": 2_000, **(sizes or {})}
+        for split, size in self.sizes.items():
+            if split not in SPLITS:
+                raise ValueError(f"sizes names the split {split!r}: choose among {', '.join(SPLITS)}")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"sizes[{split!r}]={size!r}: need a whole number of at least 1")
+        self._splits: dict[str, Dataset] = {}
+
+    @abstractmethod
+    def generate(self, rng: random.Random) -> dict[str, Any]:
+        """One example of any split."""
+
+    @abstractmethod
+    def solution(self, example: Example) -> str:
+        """A completion that scores 1 (what a dLLM for this task is trained on)."""
+
+    def draw(self, rng: random.Random, split: str) -> dict[str, Any]:
+        """One example of ``split`` (independent draws: examples may repeat).
+
+        Raises:
+            ValueError: no prompt of the task falls into ``split`` (or the split is unknown).
+        """
+        self._require(split)
+        for _ in range(ATTEMPTS):
+            example = self.generate(rng)
+            if split_of(self.prompt(example)) == split:
+                return example
+        raise ValueError(
+            f"split={split!r}: none of {ATTEMPTS} prompts of task {self.name!r} falls into it; "
+            "the task's settings leave too few distinct prompts"
+        )
+
+    def examples(self, split: str) -> Dataset:
+        self._require(split)
+        if split not in self._splits:
+            self._splits[split] = self._build(split)
+        return self._splits[split]
+
+    def _require(self, split: str) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is not a split of task {self.name!r}: choose one of {', '.join(SPLITS)}")
+
+    def _build(self, split: str) -> Dataset:
+        from datasets import Dataset
+
+        rng = random.Random(f"{self.name}/{split}/{self.seed}")
+        unique: dict[str, dict[str, Any]] = {}
+        repeats = 0
+        while len(unique) < self.sizes[split]:
+            example = self.draw(rng, split)
+            repeats = repeats + 1 if self.prompt(example) in unique else 0
+            if repeats > ATTEMPTS:
+                raise ValueError(
+                    f"sizes[{split!r}]={self.sizes[split]} is more than task {self.name!r} has distinct prompts "
+                    f"(about {len(unique)}): ask for fewer"
+                )
+            unique.setdefault(self.prompt(example), example)
+        return Dataset.from_list(list(unique.values()))
+
+
+def split_of(prompt: str) -> str:
+    """The split that a prompt of a procedural task belongs to."""
+    bucket = zlib.crc32(prompt.encode()) % 10
+    return {0: "test", 1: "validation"}.get(bucket, "train")

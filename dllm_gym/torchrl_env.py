@@ -1,0 +1,98 @@
+"""The TorchRL face: a native ``EnvBase`` over the same lanes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from dllm_gym.dealer import Dealer
+from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking
+
+
+class DLLMUnmaskTorchRLEnv(EnvBase):
+    """``DLLMUnmask-v0`` as a TorchRL environment of batch size [N]; tensors stay on the dLLM's device.
+
+    Observation entries as in :class:`~dllm_gym.env.DLLMUnmaskEnv`, ``action`` int8 [N, L], ``reward`` float32 [N, 1].
+    Two more observation entries describe the episode that just ended (0 otherwise): ``score`` float32 [N, 1] and
+    ``nfe`` int64 [N, 1]. Finished lanes are reset by whoever drives the environment (``rollout``, collectors), through
+    ``_reset``, and draw their next prompt from their own generator.
+
+    >>> from dllm_gym.torchrl_env import DLLMUnmaskTorchRLEnv
+    >>> env = DLLMUnmaskTorchRLEnv(num_envs=4)
+    >>> env.rollout(3).shape
+    torch.Size([4, 3])
+
+    Args:
+        num_envs: N. settings: the fields of :class:`~dllm_gym.unmasking.EnvConfig`.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+
+    batch_locked = True
+
+    def __init__(self, num_envs: int = 1, **settings: Any):
+        self.core = Unmasking(num_envs, EnvConfig(**settings))
+        super().__init__(device=self.core.dllm.device, batch_size=torch.Size([num_envs]))
+        N, L, K = num_envs, self.core.L, self.core.sampling.top_k
+        entries: dict[str, Any] = {
+            "confidence": Bounded(0, 1, shape=(N, L, K), dtype=torch.float32),
+            "mask": Binary(L, shape=(N, L), dtype=torch.int8),
+            "action_mask": Binary(L, shape=(N, L), dtype=torch.int8),
+            "time": Bounded(0, self.core.max_steps / L, shape=(N, 1), dtype=torch.float32),
+            "score": Bounded(0, 1, shape=(N, 1), dtype=torch.float32),
+            "nfe": Unbounded(shape=(N, 1), dtype=torch.int64),
+        }
+        if self.core.sampling.hidden:
+            entries["hidden"] = Unbounded(shape=(N, L, self.core.dllm.hidden_size), dtype=torch.float32)
+        self.observation_spec = Composite(entries, shape=(N,), device=self.device)
+        self.action_spec = Binary(L, shape=(N, L), dtype=torch.int8, device=self.device)
+        self.reward_spec = Unbounded(shape=(N, 1), dtype=torch.float32, device=self.device)
+        flag = Binary(1, shape=(N, 1), dtype=torch.bool, device=self.device)
+        self.done_spec = Composite(
+            {"done": flag, "terminated": flag.clone(), "truncated": flag.clone()}, shape=(N,), device=self.device
+        )
+        self.dealer = Dealer(num_envs, len(self.core.examples))
+        self._terminated = np.zeros(num_envs, bool)
+        self._truncated = np.zeros(num_envs, bool)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.dealer.seed(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        chosen = None if tensordict is None else tensordict.get("_reset", None)
+        if chosen is None:
+            lanes = np.arange(self.core.B)
+        else:
+            lanes = np.flatnonzero(chosen.view(-1).cpu().numpy())
+        if len(lanes):
+            examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
+            self.core.place(lanes, examples, keys)
+        self._terminated[lanes] = self._truncated[lanes] = False
+        self.core.predict()
+        return self._pack(np.zeros(self.core.B, np.float32), np.zeros(self.core.B, np.int64))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        outcome: Outcome = self.core.act(tensordict["action"])
+        self._terminated |= outcome.terminated
+        self._truncated |= outcome.truncated
+        self.core.predict()
+        result = self._pack(outcome.score, np.where(outcome.done, outcome.nfe, 0))
+        result["reward"] = torch.as_tensor(outcome.reward, device=self.device)[:, None]
+        return result
+
+    def _pack(self, score: np.ndarray, nfe: np.ndarray) -> TensorDict:
+        columns = {
+            "score": score,
+            "nfe": nfe,
+            "terminated": self._terminated.copy(),
+            "truncated": self._truncated.copy(),
+            "done": self._terminated | self._truncated,
+        }
+        entries = {name: torch.as_tensor(value, device=self.device)[:, None] for name, value in columns.items()}
+        return TensorDict({**self.core.observe(), **entries}, self.batch_size, device=self.device)

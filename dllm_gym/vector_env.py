@@ -1,0 +1,233 @@
+"""The Gymnasium vector face: many lanes, torch tensors on the dLLM's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from dllm_gym import render
+from dllm_gym.dealer import Dealer
+from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking, positive
+
+FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
+
+
+def observation_space(core: Unmasking) -> Dict:
+    """The space of one lane's observation."""
+    L, K = core.L, core.sampling.top_k
+    spaces: dict[str, gym.Space] = {
+        "confidence": Box(0.0, 1.0, (L, K), np.float32),
+        "mask": MultiBinary(L),
+        "action_mask": MultiBinary(L),
+        "time": Box(0.0, core.max_steps / L, (1,), np.float32),
+    }
+    if core.sampling.hidden:
+        spaces["hidden"] = Box(-np.inf, np.inf, (L, core.dllm.hidden_size), np.float32)
+    return Dict(spaces)
+
+
+def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> str | None:
+    if render_mode is not None and render_mode not in modes:
+        raise ValueError(f"render_mode={render_mode!r} is not supported: choose one of {', '.join(modes)}")
+    return render_mode
+
+
+class DLLMUnmaskVectorEnv(VectorEnv):
+    """``DLLMUnmask-v0`` in many lanes at once; see :class:`~dllm_gym.env.DLLMUnmaskEnv` for the decision process.
+
+    >>> import gymnasium as gym, torch, dllm_gym
+    >>> envs = gym.make_vec("DLLMUnmask-v0", num_envs=2)
+    >>> observation, info = envs.reset(seed=0)
+    >>> observation, reward, terminated, truncated, info = envs.step(observation["action_mask"])
+    >>> terminated.tolist()
+    [True, True]
+
+    ## Observation and action
+    The single environment's with a leading lane axis [N, ...], as torch tensors on the dLLM's device. Actions are
+    integer or bool tensors (or arrays) of shape [N, L]. Rewards are float32 [N], ``terminated`` and ``truncated``
+    bool [N]. No tensor that is returned is written to again.
+
+    ## Autoreset
+    ``autoreset_mode`` is one of Gymnasium's three (enum or its value).
+
+    - ``SAME_STEP`` (default): a lane that finishes takes its next prompt within the same step, so every forward serves
+      every lane. ``info["final_obs"]`` holds the last observations (valid where ``info["_final_obs"]``),
+      ``info["final_info"]`` the last infos.
+    - ``NEXT_STEP``: the step after the end starts the next episode; its action is ignored and its reward is 0.
+    - ``DISABLED``: finished lanes wait for ``reset(options={"reset_mask": bool [N]})``.
+
+    ## Choosing prompts
+    ``reset(options={"examples": [...]})`` gives every lane an example of the split (-1: none). With ``"queue"`` beside
+    it, lanes that finish take the next index from there, the lowest lane first, and stay empty once it is used up: an
+    empty lane has no legal position, no reward, no end, and costs no forward. Without a queue lanes draw at random.
+
+    ## Information
+    Where ``info["_episode"]`` (bool [N]) is set an episode has ended, and ``info["episode"]`` holds ``r`` (reward,
+    float32 [N]), ``l`` (NFE, int64 [N]), ``score`` (float32 [N]) and ``example`` (int64 [N]). Texts are read with
+    :meth:`last_completions`.
+
+    Args:
+        num_envs: N, the number of lanes.
+        autoreset_mode: see above.
+        render_mode: ``"ansi"`` or ``"rgb_array"``; :meth:`render` gives one frame per lane.
+        settings: the fields of :class:`~dllm_gym.unmasking.EnvConfig`.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [*FRAME_WRITERS], "render_fps": 4}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
+        **settings: Any,
+    ):
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            choices = ", ".join(mode.value for mode in AutoresetMode)
+            raise ValueError(f"autoreset_mode={autoreset_mode!r} is not known: choose one of {choices}") from None
+        self.num_envs = positive("num_envs", num_envs)
+        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
+        self.core = Unmasking(self.num_envs, EnvConfig(**settings))
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = observation_space(self.core)
+        self.single_action_space = MultiBinary(self.core.L)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.dealer = Dealer(self.num_envs, len(self.core.examples))
+        self._waiting: np.ndarray | None = None  # lanes whose episode is over (NEXT_STEP, DISABLED); None: never reset
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations, rewards and flags live."""
+        return self.core.dllm.device
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Start episodes in all lanes, or in those of ``options["reset_mask"]``.
+
+        Args:
+            seed: lane i's generator starts from seed + i (or from seed[i]).
+            options: ``examples``, ``queue``, ``reset_mask``: see the class.
+        """
+        options = options or {}
+        if seed is not None:
+            self.dealer.seed(seed)
+        reset_mask = options.get("reset_mask")
+        if reset_mask is None:
+            self.core.place(range(self.num_envs), *self.dealer.open(options))
+            self._waiting = np.zeros(self.num_envs, bool)
+        else:
+            self._waiting = self._reset_some(np.asarray(torch.as_tensor(reset_mask).cpu()))
+        self.core.predict()
+        return self.core.observe(), {}
+
+    def _reset_some(self, reset_mask: np.ndarray) -> np.ndarray:
+        """New episodes in the lanes of ``reset_mask``; returns which lanes still wait."""
+        if reset_mask.shape != (self.num_envs,) or reset_mask.dtype != bool:
+            raise ValueError(f"options['reset_mask'] {reset_mask!r}: need bools of shape ({self.num_envs},)")
+        waiting = np.ones(self.num_envs, bool) if self._waiting is None else self._waiting
+        self._deal(np.flatnonzero(reset_mask))
+        return waiting & ~reset_mask
+
+    def _deal(self, lanes: np.ndarray) -> None:
+        """Put the next prompt into each of these lanes, the lowest lane first."""
+        if len(lanes):
+            examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
+            self.core.place(lanes, examples, keys)
+
+    def step(self, actions: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Unmask the chosen positions in every lane.
+
+        Args:
+            actions: integer or bool [N, L], tensor or array; 1 unmasks. Bits outside ``action_mask`` are ignored.
+
+        Raises:
+            ValueError: wrong shape or dtype. gymnasium.error.ResetNeeded: before the first reset, or (DISABLED) a
+                finished lane has not been reset.
+        """
+        if self._waiting is None:
+            raise gym.error.ResetNeeded("step() was called before reset()")
+        if self.autoreset_mode is AutoresetMode.DISABLED and self._waiting.any():
+            lanes = np.flatnonzero(self._waiting).tolist()
+            raise gym.error.ResetNeeded(f"lanes {lanes} have finished: reset them with options={{'reset_mask': ...}}")
+        outcome = self.core.act(check_action(actions, (self.num_envs, self.core.L), self.device))
+        info = self._information(outcome)
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            if outcome.done.any():
+                info = self._final(info, outcome)
+                self._deal(np.flatnonzero(outcome.done))
+        elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self._deal(np.flatnonzero(self._waiting))
+        self._waiting = outcome.done & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
+        self.core.predict()
+        flags = [self._to_device(x) for x in (outcome.reward, outcome.terminated, outcome.truncated)]
+        return self.core.observe(), flags[0], flags[1], flags[2], info
+
+    def _information(self, outcome: Outcome) -> dict[str, Any]:
+        done = outcome.done
+        if not done.any():
+            return {}
+        episode = {
+            "r": outcome.reward,
+            "l": np.where(done, outcome.nfe, 0),
+            "score": outcome.score,
+            "example": np.where(done, outcome.example, -1),
+        }
+        return {
+            "episode": {name: self._to_device(value) for name, value in episode.items()},
+            "_episode": self._to_device(done),
+        }
+
+    def _final(self, info: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+        """The last observation and info of the lanes that are about to be refilled."""
+        if outcome.truncated.any():
+            self.core.predict()  # masked positions of a truncated lane deserve their true confidences
+        done = self._to_device(outcome.done)
+        final = {"final_obs": self.core.observe(), "_final_obs": done, "final_info": dict(info), "_final_info": done}
+        return {**info, **final}
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values, device=self.device)
+
+    def last_completions(self) -> list[str | None]:
+        """The text of the last finished episode of every lane (None where none has finished)."""
+        return list(self.core.completions)
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One frame per lane: texts (ansi) or uint8 arrays [H, W, 3] (rgb_array)."""
+        if self.render_mode is None:
+            return None
+        draw = FRAME_WRITERS[self.render_mode]
+        return tuple(draw(self.core.frame(lane)) for lane in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Nothing to release: weights are shared within the process."""
+
+
+def check_action(action: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """``action`` as a tensor on ``device``.
+
+    Raises:
+        ValueError: it has another shape, or it is not made of integers or bools (floats pass if they are 0 or 1, as
+            Stable-Baselines3 sends them).
+    """
+    action = torch.as_tensor(action)
+    if tuple(action.shape) != shape:
+        raise ValueError(f"action of shape {tuple(action.shape)}: need {shape}")
+    if action.is_complex() or (action.is_floating_point() and not torch.isin(action, action.new_tensor([0, 1])).all()):
+        raise ValueError(f"action of dtype {action.dtype}: need integers or bools (1 = unmask)")
+    return action.to(device)

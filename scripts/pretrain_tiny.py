@@ -1,0 +1,197 @@
+"""Train the small dLLM that ships with dllm_gym, and write it in LLaDA's own checkpoint format.
+
+    python scripts/pretrain_tiny.py            # the shipped weights: config, seed and all
+
+The objective is LLaDA's (arXiv 2502.09992, eq. 3): mask a random share of the completion, predict what was masked. Two
+things make it learn arithmetic in an hour on two cores: half of its rows are masked the way decoding in blocks meets
+them (clean left of a cut, fully masked right of a window), and chains grow from one operation to four. Matrices are
+trained with Muon, the rest with AdamW.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import hydra
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dllm_gym.models.base import DLLM
+from dllm_gym.models.llada import REQUIRED, llada_weights, llama_config
+from dllm_gym.tasks.base import ProceduralTask
+
+EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
+CHARACTERS = "\n #+-.0123456789;="
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate([EOS, MASK, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK, clean_up_tokenization_spaces=False
+    )
+
+
+def build_dllm(architecture: DictConfig) -> tuple[LlamaForCausalLM, DLLM]:
+    """A fresh Llama to train, and the frozen dLLM's view of the same weights (same tensors)."""
+    tokenizer = build_tokenizer()
+    raw = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        **REQUIRED,
+        **OmegaConf.to_container(architecture),
+        "vocab_size": len(tokenizer),
+        "embedding_size": len(tokenizer),
+        "weight_tying": False,
+        "include_qkv_bias": False,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = LlamaForCausalLM(llama_config(raw))
+    dllm = DLLM(model.model, model.lm_head, tokenizer, raw)
+    model.requires_grad_(True)
+    return model, dllm
+
+
+def random_masks(answer_length: Tensor, length: int, left_to_right: float) -> Tensor:
+    """Which completion positions to mask.
+
+    Args:
+        answer_length: int64 [B], tokens before the EOS tail. length: L.
+        left_to_right: share of rows that are clean left of a random cut, masked at random in a window of at most 12
+            behind it and fully masked after that; the others are masked at a uniform rate everywhere.
+
+    Returns:
+        bool [B, L], at least one position per row.
+    """
+    B = len(answer_length)
+    rate = ((torch.randperm(B) + torch.rand(B)) / B)[:, None]  # stratified over the batch
+    uniform = torch.rand(B, length) < rate
+    position = torch.arange(length)
+    cut = (torch.rand(B) * (answer_length + 1)).long()[:, None]
+    window = torch.randint(1, 13, (B, 1))
+    blockwise = (position >= cut) & (uniform | (position >= cut + window))
+    masks = torch.where(torch.rand(B, 1) < left_to_right, blockwise, uniform)
+    masks[:, 0] |= ~masks.any(1)
+    return masks
+
+
+def sample_batch(lesson: DictConfig, task: ProceduralTask, dllm: DLLM, rng: random.Random, step: int) -> tuple:
+    """Prompts [B, P], completions [B, L] with their EOS tail, and answer lengths [B], from the training split."""
+    longest = task.max_operations if lesson.ramp else 0
+    now = min(longest, 1 + longest * step // lesson.ramp) if lesson.ramp else 0
+    examples = []
+    while len(examples) < lesson.batch_size:
+        example = task.draw(rng, "train")
+        if not lesson.ramp or len(example["chain"]) // 2 <= now:
+            examples.append(example)
+    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples])
+    answers = [dllm.encode(task.solution(e)) for e in examples]
+    tails = [a + [dllm.eos_id] * (task.gen_length - len(a)) for a in answers]
+    return prompts, torch.tensor(tails), torch.tensor([len(a) for a in answers])
+
+
+def denoising_loss(model: LlamaForCausalLM, dllm: DLLM, batch: tuple, masks: Tensor, eos_weight: float) -> Tensor:
+    """Weighted cross-entropy over masked positions; a row with m of them counts as sqrt(m)."""
+    prompts, completions, _ = batch
+    noisy = torch.cat([prompts, torch.where(masks, dllm.mask_id, completions)], 1)  # (B, P + L)
+    hidden = model.model(noisy, use_cache=False).last_hidden_state[:, prompts.shape[1] :]
+    loss = F.cross_entropy(model.lm_head(hidden[masks]), completions[masks], reduction="none")
+    weight = torch.where(completions == dllm.eos_id, eos_weight, 1.0) / masks.sum(1, keepdim=True).sqrt()
+    return (weight[masks] * loss).sum() / weight[masks].sum()
+
+
+@torch.no_grad()
+def decode_score(task: ProceduralTask, dllm: DLLM, block_length: int, count: int) -> float:
+    """Mean grade on validation examples, one token per step, most confident first."""
+    examples = list(task.examples("validation").select(range(count)))
+    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples])
+    tokens = torch.cat([prompts, torch.full((count, task.gen_length), dllm.mask_id)], 1)  # (B, P + L)
+    row = torch.arange(count)
+    for step in range(task.gen_length):
+        start = prompts.shape[1] + step // block_length * block_length
+        rows = tokens == dllm.mask_id
+        rows[:, start + block_length :] = False
+        prediction = dllm.predict(tokens, None, rows)
+        confidence = torch.zeros(tokens.shape).masked_scatter(rows, prediction.confidence)
+        proposal = torch.zeros_like(tokens).masked_scatter(rows, prediction.token)
+        best = confidence.argmax(1)
+        tokens[row, best] = proposal[row, best]
+    texts = [dllm.decode(completion) for completion in tokens[:, prompts.shape[1] :].tolist()]
+    return sum(map(task.grade, examples, texts)) / count
+
+
+def save_checkpoint(model: LlamaForCausalLM, dllm: DLLM, folder: Path) -> None:
+    """Config, weights and tokenizer the way LLaDA publishes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dllm.config, indent=2) + "\n")
+    save_file(llada_weights(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    dllm.tokenizer.save_pretrained(folder)
+
+
+def build_optimizers(model: LlamaForCausalLM, cfg: DictConfig) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    return [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW(others, **settings),
+    ]
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="pretrain_tiny")
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    rng = random.Random(cfg.seed)
+    lessons = [(lesson, hydra.utils.instantiate(lesson.task)) for lesson in cfg.lessons]
+    model, dllm = build_dllm(cfg.architecture)
+    optimizers = build_optimizers(model, cfg)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / cfg.warmup, (cfg.steps - step) / cfg.cooldown)
+        )
+        for optimizer in optimizers
+    ]
+    curve = Path(cfg.save_to).parent / "learning_curve.csv"
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    names = [task.name for _, task in lessons]
+    with curve.open("w", newline="") as file:
+        log = csv.writer(file)
+        log.writerow(["step", *(f"loss/{n}" for n in names), *(f"score/{n}" for n in names)])
+        losses = torch.zeros(len(lessons))
+        for step in track(range(cfg.steps), "pretraining"):
+            for i, (lesson, task) in enumerate(lessons):
+                batch = sample_batch(lesson, task, dllm, rng, step)
+                masks = random_masks(batch[2], task.gen_length, lesson.left_to_right)
+                loss = denoising_loss(model, dllm, batch, masks, cfg.eos_weight)
+                loss.backward()
+                losses[i] += loss.detach() / cfg.evaluate_every
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
+                scores = [decode_score(task, dllm, le.block_length, cfg.evaluate_examples) for le, task in lessons]
+                log.writerow([step + 1, *(f"{x:.4f}" for x in losses.tolist()), *(f"{s:.4f}" for s in scores)])
+                file.flush()
+                losses.zero_()
+                save_checkpoint(model, dllm, Path(cfg.save_to))
+
+
+if __name__ == "__main__":
+    main()
