@@ -188,9 +188,8 @@ class ZeroTruncatedBernoulli(MaskedBernoulli):
         logits, log_z, level = self.logits, self._log_z()[..., None], self._level
         share = (F.logsigmoid(logits) - level - log_z).exp()  # (.., L), r
         empty = (-F.softplus(logits).sum(-1, keepdim=True)).exp()  # P0
-        miss = (torch.sigmoid(-logits) - empty) * (-log_z - level).clamp_max(
-            1
-        ).exp()  # 1 - r where x > 0, Z > 1/2 there
+        # 1 - r, needed where x > 0; there Z > 1/2, so the clamp only keeps the unused values finite.
+        miss = (torch.sigmoid(-logits) - empty) * (-log_z - level).clamp_max(1).exp()
         positive = logits > 0
         terms = F.softplus(-logits.abs()) + torch.where(positive, logits * miss, -share * (logits - level))
         rest = level * (1 - share.masked_fill(positive, 0).sum(-1, keepdim=True))

@@ -100,11 +100,12 @@ def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: 
     )
     chosen = [int(e) for e in examples]
     first = chosen[:B] + [EMPTY] * (B - E)
+    forwards = env.core.row_forwards
     observation, _ = env.reset(seed=seed, options={"examples": first, "queue": chosen[B:]})
     streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
     episode = np.where(np.arange(B) < E, np.arange(B), EMPTY)  # which episode each lane works on
     time = torch.zeros(B, dtype=torch.int64, device=device)
-    forwards, lane_steps, steps, empty = env.core.row_forwards, 0, 0, torch.zeros((), device=device)
+    lane_steps, steps, empty = 0, 0, torch.zeros((), device=device)
     waiting = iter(range(B, E))
     while (episode != EMPTY).any():
         lanes = torch.as_tensor(np.flatnonzero(episode != EMPTY), device=device)

@@ -80,6 +80,10 @@ class Outcome:
         return self.terminated | self.truncated
 
 
+def default(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
 def positive(name: str, value: int) -> int:
     """``value`` if it is a whole number of at least 1; a ValueError that names the setting otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -106,11 +110,11 @@ class Unmasking:
         self.B = positive("num_envs", num_lanes)
         self.reward = make_reward(config.reward, config.alpha)
         self.task = make_task(config.task)
-        self.L = positive("gen_length", config.gen_length or self.task.gen_length)
-        self.block_length = positive("block_length", config.block_length or self.L)
+        self.L = positive("gen_length", default(config.gen_length, self.task.gen_length))
+        self.block_length = positive("block_length", default(config.block_length, self.L))
         if self.L % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide gen_length={self.L}")
-        self.max_steps = positive("max_episode_steps", config.max_episode_steps or self.L)
+        self.max_steps = positive("max_episode_steps", default(config.max_episode_steps, self.L))
         if not 0 <= config.temperature < float("inf"):
             raise ValueError(f"temperature={config.temperature!r}: need a finite number >= 0")
         self.sampling = Sampling(positive("top_k", config.top_k), float(config.temperature), config.hidden)
@@ -140,7 +144,8 @@ class Unmasking:
         self.committed_confidence = committed  # what a committed position reads
         self.completions: list[str | None] = [None] * B
         self.outcome: Outcome | None = None
-        self.row_forwards = 0
+        self.row_forwards = 0  # rows the dLLM has computed since construction
+        self.lane_steps = 0  # steps of lanes with an episode since construction
 
     # ---- state ----
 
@@ -263,6 +268,7 @@ class Unmasking:
         terminated = self.running & ~left
         truncated = self.running & left & (steps >= self.max_steps)
         self.stale |= changed & left
+        self.lane_steps += int(self.running.sum())
         return self._settle(terminated, truncated, steps)
 
     def _settle(self, terminated: np.ndarray, truncated: np.ndarray, steps: np.ndarray) -> Outcome:

@@ -167,6 +167,13 @@ def test_extreme_noise_never_empties_or_leaves_the_legal_set(noise):
         assert cls(x, legal).log_prob(action).isfinite().all()
 
 
+def test_last_chance_is_certain_despite_rounding():
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)) * 8 - 12
+    legal = torch.rand(2000, 64, generator=torch.Generator().manual_seed(1)) < 0.5
+    action = ZeroTruncatedBernoulli(x, legal).from_noise(torch.full_like(x, 1 - 2**-24))
+    assert action.any(-1).all()
+
+
 def test_hopeless_logits_keep_their_order():
     distribution = ZeroTruncatedBernoulli(torch.tensor([-1e6, -1e6 + 1, -2e6]), torch.ones(3))
     log_prob = distribution.log_prob(torch.eye(3))

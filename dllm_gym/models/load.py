@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -81,7 +82,7 @@ def _load(model: str, device: torch.device, dtype: torch.dtype) -> DLLM:
         dllm = DLLM(network.model, network.lm_head, tokenizer, raw)
     except KeyError as missing:
         raise ValueError(f"model={model!r}: config.json lacks the field {missing}") from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"model={model!r}: cannot load the checkpoint in {folder}: {error}") from error
     if len(tokenizer) > dllm.vocab_size:
         raise ValueError(

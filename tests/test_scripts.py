@@ -1,0 +1,163 @@
+"""The commands, as a user calls them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "experiment=smoke",
+    "rounds=2",
+    "prompts_per_round=2",
+    "agent.group_size=4",
+    "evaluation.examples=8",
+    "heuristics=[]",
+    "threads=1",
+]
+
+
+def run(script: str, *overrides: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / script), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=check, cwd=ROOT)
+
+
+def compose_config(name: str, *overrides: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose(name, list(overrides), return_hydra_config=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "train"
+    run("train.py", "agent=grpo", *SMALL, f"hydra.run.dir={folder}", "checkpoint_every=1")
+    return folder
+
+
+def test_training_leaves_everything_a_user_needs(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "metrics.csv", "checkpoint", "results.json", "results.csv", "results.png"} <= names
+    with (trained / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["0", "1"]
+    results = json.loads((trained / "results.json").read_text())
+    assert [row["name"] for row in results] == ["policy(greedy)", "policy(sampled)"]
+    assert all(row["examples"] == 8 and 1 <= row["nfe"] <= 20 for row in results)
+
+
+def test_a_checkpoint_evaluates_like_the_run_that_made_it(trained, tmp_path):
+    run(
+        "evaluate.py",
+        f"checkpoint={trained}",
+        "evaluation.examples=8",
+        "evaluation.seeds=[42]",
+        "evaluation.num_envs=3",
+        "heuristics=[]",
+        "reward.alpha=3.0",
+        "threads=1",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads((trained / "results.json").read_text())
+
+
+def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
+    half, rest = tmp_path / "half", tmp_path / "rest"
+    run("train.py", *SMALL, "rounds=1", f"hydra.run.dir={half}")
+    run("train.py", *SMALL, f"resume={half}", f"hydra.run.dir={rest}")
+    whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
+    assert (rest / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
+
+
+def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SMALL, "rounds=1000", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "interrupted" in out and "Traceback" not in err
+    assert not (folder / "results.json").exists()
+    assert (folder / "checkpoint" / "trainer.pt").exists()
+    run("watch.py", f"checkpoint={folder}", "fps=1000", f"hydra.run.dir={tmp_path / 'watch'}")
+
+
+def test_watch_replays_one_decoding(tmp_path):
+    picture = tmp_path / "replay.gif"
+    done = run("watch.py", "example=3", "fps=1000", f"gif={picture}", f"hydra.run.dir={tmp_path}")
+    assert "threshold(0.9) on example 3 of test" in done.stdout and "score" in done.stdout
+    assert picture.read_bytes().startswith(b"GIF89a")
+
+
+def test_plot_draws_results_again(trained, tmp_path):
+    picture = tmp_path / "again.png"
+    run("plot.py", f"results={trained / 'results.json'}", f"picture={picture}", f"hydra.run.dir={tmp_path}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["agent=gpro"], "agent/gpro"),
+        (["distribution=poisson"], "distribution/poisson"),
+        (["model.model=nothing"], "model='nothing'"),
+        (["env.block_length=7"], "block_length=7 does not divide gen_length=20"),
+        (["reward.alpha=-1"], "alpha=-1"),
+        (["evaluation.examples=100000"], "evaluation.examples=100000"),
+        (["resume=nowhere"], "resume='nowhere'"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):
+    done = run("train.py", *overrides, f"hydra.run.dir={tmp_path}", "threads=1", check=False)
+    assert done.returncode != 0 and message in done.stderr
+    assert not any((tmp_path / name).exists() for name in ("results.json", "checkpoint"))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    done = run("evaluate.py", "checkpoint=nowhere", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode != 0 and "checkpoint='nowhere'" in done.stderr
+
+
+def test_every_root_config_composes():
+    names = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+    assert {"train", "evaluate", "watch", "plot", "benchmark", "pretrain_tiny"} <= set(names)
+    for name in names:
+        compose_config(name)
+
+
+@pytest.mark.parametrize("group", [p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "experiment"])
+def test_every_choice_of_every_group_composes_and_instantiates(group, tmp_path):
+    for choice in sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")):
+        cfg = compose_config("train", f"{group}={choice}")
+        if group in ("task", "policy", "distribution", "heuristics", "agent"):
+            hydra.utils.instantiate(cfg[group])
+        assert group == "logger" or cfg[group]
+
+
+def test_sweeps_run_every_combination(tmp_path):
+    sweep = ["-m", "reward.alpha=0.3,3", *SMALL, "rounds=1", f"hydra.sweep.dir={tmp_path}"]
+    run("train.py", *sweep)
+    for job in ("0", "1"):
+        assert (tmp_path / job / "results.json").exists()
+
+
+def test_pretraining_writes_a_checkpoint_that_loads(tmp_path):
+    small = ["steps=2", "evaluate_every=2", "evaluate_examples=2", "cooldown=1", "threads=1"]
+    run("pretrain_tiny.py", *small, "architecture.n_layers=1", f"hydra.run.dir={tmp_path}")
+    from dllm_gym.models import load_dllm
+
+    assert load_dllm(tmp_path / "tiny").vocab_size == 20
+    assert (tmp_path / "learning_curve.csv").read_text().startswith("step,loss/sudoku")
+
+
