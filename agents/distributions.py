@@ -104,8 +104,8 @@ class MaskedBernoulli(UnmaskDistribution):
 class BernoulliArgmax(MaskedBernoulli):
     """Bernoulli whose empty outcome is replaced by the legal position of the highest logit (LUP's evaluation form).
 
-    ``log_prob`` is the likelihood of what is emitted: the one-position action {argmax} is reached by its own draw and by
-    the empty one, so P({argmax}) = prod over the *other* positions of (1 - p). The empty action has probability 0.
+    ``log_prob`` is the likelihood of what is emitted: the one-position action {argmax} is reached by its own draw and
+    by the empty one, so P({argmax}) = prod over the *other* positions of (1 - p). The empty action has probability 0.
     """
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class ZeroTruncatedBernoulli(MaskedBernoulli):
 
     def entropy(self) -> Tensor:
         # H = log Z + sum h - sum r x with x the logits and r = p / Z = P(position is picked); equal to
-        # log Z + (H_B + P0 log P0) / Z. Positions with x > 0 use h - r x = softplus(-x) + x (1 - r), without cancellation.
+        # log Z + (H_B + P0 log P0) / Z. Where x > 0, h - r x = softplus(-x) + x (1 - r) has no cancellation.
         logits, log_z, level = self.logits, self._log_z()[..., None], self._level
         share = (F.logsigmoid(logits) - level - log_z).exp()  # (.., L), r
         empty = (-F.softplus(logits).sum(-1, keepdim=True)).exp()  # P0

@@ -44,7 +44,7 @@ def summary(name: str, results: Sequence[Results]) -> Row:
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values`` [E] (fixed generator: the same data give the same ends)."""
+    """Percentile bootstrap interval of the mean of ``values`` [E]; the same data always give the same ends."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

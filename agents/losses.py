@@ -34,9 +34,9 @@ def pack(batch: TensorDictBase, keep: Tensor | None = None) -> TensorDict:
 class EpisodeMean:
     """Mixin for a TorchRL loss module: reduces every ``loss_*`` entry of packed steps [N] as sum(loss * weight).
 
-    The input is what ``pack`` returns, or any part of it: the losses of parts add up to the loss of the whole. The other
-    entries (``clip_fraction``, ``kl_approx``, ..) are plain means over the steps given. ``ESS`` is left out: it compares
-    steps of unrelated states and does not add up over parts.
+    The input is what ``pack`` returns, or any part of it: the losses of parts add up to the loss of the whole. Other
+    entries (``clip_fraction``, ``kl_approx``, ..) are plain means over the steps given. ``ESS`` is left out: it
+    compares steps of unrelated states and does not add up over parts.
 
     >>> class GRPOLoss(EpisodeMean, ClipPPOLoss): ...
     """
@@ -94,7 +94,7 @@ class Descent:
         self.scheduler = scheduler(self.optimizer) if scheduler else None
 
     def backward(self, steps: TensorDictBase) -> dict[str, Tensor]:
-        """Set the gradient of the summed ``loss_*`` over ``steps`` [N]; returns ``loss`` and the loss's other entries."""
+        """Set the gradient of the summed ``loss_*`` over ``steps`` [N]; returns ``loss`` and the other entries."""
         self.optimizer.zero_grad()
         total: dict[str, Tensor] = {}
         for part in steps.split(self.chunk or len(steps)):

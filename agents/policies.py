@@ -176,7 +176,7 @@ class DiTBlock(nn.Module):
 
 
 def time_embedding(time: Tensor, width: int, period: float) -> Tensor:
-    """Sinusoidal embedding float32 [B, width] (cosines, then sines) of time [B, 1]; frequencies period ** -(i / half)."""
+    """Sinusoidal embedding float32 [B, width] (cosines, sines) of time [B, 1]; frequencies period ** -(i / half)."""
     half = width // 2
     frequency = period ** -(torch.arange(half, device=time.device, dtype=torch.float32) / half)
     angle = time.float() * frequency  # (B, half)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +14,7 @@ from dllm_gym.unmasking import EnvConfig, Unmasking
 from dllm_gym.vector_env import FRAME_WRITERS, check_action, check_render_mode, observation_space
 
 
-class DLLMUnmaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+class DLLMUnmaskEnv(gym.Env):
     """Decide which tokens of a masked-diffusion language model to commit, and when.
 
     >>> import gymnasium as gym, dllm_gym
@@ -77,7 +77,7 @@ class DLLMUnmaskEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [*FRAME_WRITERS, "human"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": [*FRAME_WRITERS, "human"], "render_fps": 4}
 
     def __init__(self, render_mode: str | None = None, **settings: Any):
         self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])

@@ -66,14 +66,11 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         chosen = None if tensordict is None else tensordict.get("_reset", None)
-        if chosen is None:
-            lanes = np.arange(self.core.B)
-        else:
-            lanes = np.flatnonzero(chosen.view(-1).cpu().numpy())
+        lanes = range(self.core.B) if chosen is None else chosen.view(-1).nonzero()[:, 0].tolist()
         if len(lanes):
             examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
             self.core.place(lanes, examples, keys)
-        self._terminated[lanes] = self._truncated[lanes] = False
+        self._terminated[list(lanes)] = self._truncated[list(lanes)] = False
         self.core.predict()
         return self._pack(np.zeros(self.core.B, np.float32), np.zeros(self.core.B, np.int64))
 

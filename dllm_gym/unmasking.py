@@ -8,7 +8,7 @@ a lane's tokens do not depend on its company. The faces (:mod:`~dllm_gym.env`, :
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,13 +174,15 @@ class Unmasking:
 
     # ---- prompts in ----
 
-    def place(self, lanes: Sequence[int], examples: Sequence[int], keys: Sequence[int]) -> None:
+    def place(self, lanes: Iterable[int], examples: Iterable[int], keys: Iterable[int]) -> None:
         """Start episodes: write prompts and L masks into lanes.
 
         Args:
-            lanes: which lanes. examples: index of each one's example; EMPTY leaves the lane without an episode.
+            lanes: which lanes.
+            examples: index of each one's example; EMPTY leaves the lane without an episode.
             keys: each one's random stream (for proposals at a temperature).
         """
+        lanes = list(lanes)
         for lane, index, key in zip(lanes, examples, keys, strict=True):
             prompt = [] if index == EMPTY else self._check_prompt(self.examples[index])
             self._widen(len(prompt))
@@ -191,10 +193,11 @@ class Unmasking:
             self.prompt_length[lane] = len(prompt)
             self.example[lane] = index
             self.key[lane] = key
-        index = torch.as_tensor(np.asarray(lanes, np.int64), device=self.tokens.device)
-        self.steps[index] = 0
-        self.fresh[index] = False
-        self.running[lanes] = self.stale[lanes] = self.example[lanes] != EMPTY
+        chosen = np.asarray(lanes, np.int64)
+        where = torch.as_tensor(chosen, device=self.tokens.device)
+        self.steps[where] = 0
+        self.fresh[where] = False
+        self.running[chosen] = self.stale[chosen] = self.example[chosen] != EMPTY
 
     def _check_prompt(self, example) -> list[int]:
         """The prompt's tokens, if prompt and completion fit the model's positions."""
@@ -279,8 +282,8 @@ class Unmasking:
         if len(done):
             texts = self.tokens[torch.as_tensor(done, device=self.tokens.device), -self.L :].tolist()
             for lane, tokens in zip(done, texts, strict=True):
-                self.completions[lane] = self.dllm.decode(tokens)
-                score[lane] = self.task.grade(self.examples[self.example[lane]], self.completions[lane])
+                text = self.completions[lane] = self.dllm.decode(tokens)
+                score[lane] = self.task.grade(self.examples[self.example[lane]], text)
             reward[done] = self.reward(torch.from_numpy(score[done]), torch.from_numpy(steps[done]), self.L).numpy()
             self.running[done] = False
         self.outcome = Outcome(terminated, truncated, reward, score, steps, self.example.copy())
@@ -293,7 +296,7 @@ class Unmasking:
         index = int(self.example[lane])
         mask = self.mask[lane]
         tokens = torch.where(mask, self.proposal[lane], self.tokens[lane, -self.L :]).tolist()
-        over = self.outcome is not None and self.outcome.done[lane] and not self.running[lane]
+        over = self.outcome if self.outcome and self.outcome.done[lane] and not self.running[lane] else None
         return Frame(
             prompt="" if index == EMPTY else self.task.prompt(self.examples[index]),
             tokens=[END if t == self.dllm.eos_id else self.dllm.token_text(t) for t in tokens],
@@ -302,6 +305,6 @@ class Unmasking:
             fresh=self.fresh[lane].cpu().numpy(),
             legal=self.legal(self.mask)[lane].cpu().numpy(),
             step=int(self.steps[lane]),
-            score=float(self.outcome.score[lane]) if over else None,
-            reward=float(self.outcome.reward[lane]) if over else None,
+            score=float(over.score[lane]) if over else None,
+            reward=float(over.reward[lane]) if over else None,
         )

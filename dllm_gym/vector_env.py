@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -84,7 +84,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         ValueError: a setting is wrong.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [*FRAME_WRITERS], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": [*FRAME_WRITERS], "render_fps": 4}
 
     def __init__(
         self,

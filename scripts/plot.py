@@ -1,6 +1,6 @@
 """Draw accuracy against NFE from one or more results.json.
 
-    python scripts/plot.py results=outputs/train/2026-01-01_12-00-00/results.json picture=front.png
+python scripts/plot.py results=outputs/train/2026-01-01_12-00-00/results.json picture=front.png
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def report(
     """Evaluate, print the table, write results.{json,csv,png} into the run folder."""
     settings = cfg.evaluation
     rows = evaluate_rows(envs, deciders, range(settings.examples), settings.seeds)
-    title = f"{envs.core.task.name}, {settings.split} split, {settings.examples} examples, BL = {envs.core.block_length}"
+    core = envs.core
+    title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
     console.print(table(rows, title))
     for sentence in comparison(rows):
         console.print(sentence, highlight=False)

@@ -22,7 +22,6 @@ from rich.console import Console
 from shared import CHECKPOINT, heuristics, make_envs, make_evaluation_envs, policy_deciders, prepare, report
 from tqdm import tqdm
 
-from agents.evaluation import atomically
 from agents.policies import PolicyDecider, make_actor
 from agents.rollout import Results, rollout
 
@@ -87,7 +86,7 @@ class Metrics:
 
 
 def train(cfg: DictConfig, run: Path, envs: Any, policy: torch.nn.Module) -> bool:
-    """The training loop: roll out, update, log, save. Returns False if the user broke it off (the checkpoint is there)."""
+    """The training loop: roll out, update, log, save. Returns False if the user broke it off (with a checkpoint)."""
     distribution = hydra.utils.instantiate(cfg.distribution)
     actor = make_actor(policy, distribution.train, distribution.temperature)
     algorithm = hydra.utils.instantiate(cfg.agent.algorithm, _convert_="all")(actor)
@@ -129,7 +128,7 @@ def main(cfg: DictConfig) -> float | None:
     test_envs = make_evaluation_envs(cfg, device)
     deciders = {**policy_deciders(policy, cfg.distribution), **heuristics(cfg)}
     if not train(cfg, run, envs, policy):
-        console.print(f"interrupted: python scripts/train.py resume={run} goes on, scripts/evaluate.py checkpoint={run}")
+        console.print(f"interrupted, checkpoint saved: go on with resume={run}", highlight=False)
         return None
     rows = report(cfg, test_envs, deciders, run, console)
     return max(row["reward"] for row in rows if row["family"] == "policy")  # what Hydra's optimising sweepers maximise

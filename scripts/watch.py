@@ -1,7 +1,7 @@
 """Replay one decoding in the terminal.
 
-    python scripts/watch.py example=3
-    python scripts/watch.py checkpoint=outputs/train/2026-01-01_12-00-00 gif=replay.gif
+python scripts/watch.py example=3
+python scripts/watch.py checkpoint=outputs/train/2026-01-01_12-00-00 gif=replay.gif
 """
 
 from __future__ import annotations

@@ -159,5 +159,3 @@ def test_pretraining_writes_a_checkpoint_that_loads(tmp_path):
 
     assert load_dllm(tmp_path / "tiny").vocab_size == 20
     assert (tmp_path / "learning_curve.csv").read_text().startswith("step,loss/sudoku")
-
-

@@ -67,9 +67,10 @@ class DLLM:
         self.mask_id = int(config["mask_token_id"])
         self.eos_id = int(config["eos_token_id"])
         self.pad_id = int(config["pad_token_id"])
-        self.vocab_size = int(backbone.config.vocab_size)
-        self.hidden_size = int(backbone.config.hidden_size)
-        self.max_positions = int(backbone.config.max_position_embeddings)
+        sizes: Any = backbone.config
+        self.vocab_size = int(sizes.vocab_size)
+        self.hidden_size = int(sizes.hidden_size)
+        self.max_positions = int(sizes.max_position_embeddings)
 
     def __deepcopy__(self, memo: dict) -> DLLM:
         # Gymnasium copies an environment's keyword arguments whenever its spec is read; frozen weights are shared.

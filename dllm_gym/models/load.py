@@ -108,7 +108,8 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        files = ["*.json", "*.safetensors", "*.txt"]  # no code, no pickles
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except Exception as error:  # the hub's client raises many unrelated types; the user needs one answer
         raise ValueError(
             f"model={model!r} is no local folder and could not be fetched from the hub ({type(error).__name__}): "
