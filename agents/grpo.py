@@ -67,6 +67,8 @@ class GRPO:
             ``learning_rate``. If no group is informative nothing is learnt: ``gradient_steps`` is 0 and the metrics of
             a gradient step are absent.
         """
+        if len(group.unique()) == len(group):
+            raise ValueError("GRPO compares the episodes of one prompt: agent.group_size must be at least 2")
         advantage, informative = group_advantage(reward, group)
         batch = batch.select(*self.reads)
         batch["advantage"] = advantage[:, None, None].expand(*batch.shape, 1)  # (E, T, 1)

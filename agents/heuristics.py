@@ -100,4 +100,4 @@ class Threshold:
         return torch.where(reached.any(-1, keepdim=True), reached, fallback).to(torch.int8)
 
     def __str__(self) -> str:
-        return f"threshold({self.threshold:g})"
+        return f"threshold({self.threshold!r})"

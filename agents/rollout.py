@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict
 from torch import Tensor
 
 from agents.policies import PolicyDecider
-from dllm_gym.dealer import EMPTY
+from dllm_gym.dealer import EMPTY, check_example
 from dllm_gym.noise import fold, uniform
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
@@ -66,7 +67,8 @@ def rollout(
     """Decode ``examples`` with a policy and record every step; a group is an example that is listed several times.
 
     Returns:
-        A TensorDict [E, T] with the observation, ``action`` int8 [E, T, L], ``action_log_prob`` float32 [E, T] and
+        A TensorDict [E, T] with what the policy reads, ``action_mask``, ``action`` int8 [E, T, L],
+        ``action_log_prob`` float32 [E, T] and
         ``active`` bool [E, T] (False behind an episode's end, where everything is 0), T the longest episode; and the
         results.
     """
@@ -75,8 +77,8 @@ def rollout(
 
     def decide_and_record(step: Step) -> Tensor:
         action, log_prob = policy.decide(step.observation, step.noise)
-        active = torch.ones_like(log_prob, dtype=torch.bool)
-        seen = {**step.observation, "action": action, "action_log_prob": log_prob, "active": active}
+        seen = {name: step.observation[name] for name in (*policy.policy.in_keys, "action_mask")}
+        seen |= {"action": action, "action_log_prob": log_prob, "active": torch.ones_like(log_prob, dtype=torch.bool)}
         for name, value in seen.items():
             if name not in store:
                 store[name] = value.new_zeros((*shape, *value.shape[1:]))
@@ -90,6 +92,8 @@ def rollout(
 
 def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: Sequence[int], seed: int) -> Results:
     """Run one episode per entry of ``examples``, refilling lanes as they finish."""
+    if env.autoreset_mode is not AutoresetMode.SAME_STEP:
+        raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
     E, B, device = len(examples), env.num_envs, env.device
     results = Results(
         reward=torch.zeros(E, device=device),
@@ -98,10 +102,12 @@ def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: 
         example=torch.as_tensor(np.asarray(examples, np.int64), device=device),
         completions=[""] * E,
     )
-    chosen = [int(e) for e in examples]
+    chosen = [check_example(e, len(env.core.examples)) for e in examples]
     first = chosen[:B] + [EMPTY] * (B - E)
     forwards = env.core.row_forwards
-    observation, _ = env.reset(seed=seed, options={"examples": first, "queue": chosen[B:]})
+    # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
+    start = int(np.random.default_rng(seed).integers(1 << 62))
+    observation, _ = env.reset(seed=start, options={"examples": first, "queue": chosen[B:]})
     streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
     episode = np.where(np.arange(B) < E, np.arange(B), EMPTY)  # which episode each lane works on
     time = torch.zeros(B, dtype=torch.int64, device=device)

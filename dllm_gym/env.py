@@ -9,9 +9,9 @@ import numpy as np
 from gymnasium.spaces import MultiBinary
 
 from dllm_gym import render
-from dllm_gym.dealer import EMPTY, check_example, draw
+from dllm_gym.dealer import check_example, draw
 from dllm_gym.unmasking import EnvConfig, Unmasking
-from dllm_gym.vector_env import FRAME_WRITERS, check_action, check_render_mode, observation_space
+from dllm_gym.vector_env import FRAME_WRITERS, check_action, check_options, check_render_mode, observation_space
 
 
 class DLLMUnmaskEnv(gym.Env):
@@ -81,7 +81,7 @@ class DLLMUnmaskEnv(gym.Env):
 
     def __init__(self, render_mode: str | None = None, **settings: Any):
         self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
-        self.core = Unmasking(1, EnvConfig(**settings))
+        self.core = Unmasking(1, EnvConfig.of(settings))
         self.observation_space = observation_space(self.core)
         self.action_space = MultiBinary(self.core.L)
         self._over: bool | None = None  # None: never reset
@@ -93,12 +93,10 @@ class DLLMUnmaskEnv(gym.Env):
         """Start an episode; ``options["examples"]`` chooses the example by its index in the split."""
         super().reset(seed=seed)
         example, key = draw(self.np_random, len(self.core.examples))
-        chosen = (options or {}).get("examples")
+        chosen = check_options(options, ("examples",)).get("examples")
         if chosen is not None:
-            (chosen,) = np.atleast_1d(np.asarray(chosen))  # [i] means the same as i
+            chosen = chosen[0] if np.ndim(chosen) == 1 and len(chosen) == 1 else chosen  # [i] means the same as i
             example = check_example(chosen, len(self.core.examples))
-            if example == EMPTY:
-                raise ValueError(f"options['examples']={EMPTY} leaves no episode in an environment of one lane")
         self.core.place([0], [example], [key])
         self._over = False
         self.core.predict()

@@ -26,7 +26,8 @@ INK, FAINT, PAPER, LINE = (34, 40, 49), (150, 156, 166), (255, 255, 255), (206, 
 ORANGE, BLUE_PALE, BLUE_DEEP, GREY = (230, 159, 0), (222, 235, 247), (0, 90, 160), (240, 241, 243)
 
 CELL_WIDTH, CELL_HEIGHT, GAP, MARGIN = 52, 44, 4, 16  # pixels
-PROMPT_WIDTH, CAPTION_HEIGHT, LEGEND_HEIGHT, LEAST_WIDTH = 236, 46, 38, 640
+PROMPT_WIDTH, CAPTION_HEIGHT, LEGEND_HEIGHT, LEAST_WIDTH = 236, 46, 38, 672
+ADVANCE = 0.602  # width of a letter of the font, as a share of its size
 SHADES = "░▒▓█"  # a masked cell in text, by quarters of confidence
 
 
@@ -104,7 +105,7 @@ def ansi(frame: Frame, columns: int | None = None) -> str:
     columns = columns or grid_columns(len(frame.tokens))
     cells = [_ansi_cell(frame, i) for i in range(len(frame.tokens))]
     rows = [" ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-    return "\n".join([f"\x1b[1m{frame.caption}\x1b[0m", frame.prompt.rstrip(), "", *rows, ""])
+    return "\n".join([f"\x1b[1m{frame.caption}\x1b[0m", *_lines(frame.prompt), "", *rows, ""])
 
 
 def _ansi_cell(frame: Frame, i: int) -> str:
@@ -207,7 +208,16 @@ def _visible(text: str) -> str:
     """A token's text on one line: blanks around words go, a token of blanks and line ends gets visible signs."""
     shown = text.strip(" ") or text.replace(" ", "␣")
     shown = shown.replace("\r", "").replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "�" for c in shown)
+    return _printable(shown)
+
+
+def _printable(text: str) -> str:
+    """``text`` without what would move a cursor or cannot be encoded."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
+def _lines(prompt: str) -> list[str]:
+    return [_printable(line.expandtabs(4)) for line in prompt.rstrip().splitlines()] or [""]
 
 
 def _canvas_size(length: int, columns: int) -> tuple[int, int]:
@@ -240,12 +250,13 @@ def _draw_prompt(draw: ImageDraw, prompt: str, box: tuple[int, int, int, int]) -
     left, top, right, bottom = box
     width, height = right - left, bottom - top - 2 * MARGIN
     for size in (24, 18, 14, 11):
-        letters, most = int(width / (0.602 * size)), max(1, int(height / (1.3 * size)))
+        letters, most = int(width / (ADVANCE * size)), max(1, int(height / (1.3 * size)))
         lines = _wrapped(prompt, letters)
         if len(lines) <= most:
             break
     else:
         lines = [*lines[: most // 2], "…", *lines[len(lines) - (most - most // 2 - 1) :]]
+    left += max(0, int(width - ADVANCE * size * max(map(len, lines)))) // 2
     y = (top + bottom - int(1.3 * size * len(lines))) // 2
     for line in lines:
         draw.text((left, y), line, INK, _font(size))
@@ -253,8 +264,7 @@ def _draw_prompt(draw: ImageDraw, prompt: str, box: tuple[int, int, int, int]) -
 
 
 def _wrapped(text: str, letters: int) -> list[str]:
-    lines = [textwrap.wrap(line, letters, replace_whitespace=False) or [""] for line in text.rstrip().split("\n")]
-    return ["".join(c if c.isprintable() else " " for c in part) for parts in lines for part in parts]
+    return [part for line in _lines(text) for part in textwrap.wrap(line, letters) or [""]]
 
 
 def _draw_cell(draw: ImageDraw, frame: Frame, i: int, corner: tuple[int, int]) -> None:
@@ -284,8 +294,8 @@ def _draw_token(
 ) -> None:
     """A token's text in the largest size that fits a cell; a longer one is cut."""
     room = CELL_WIDTH - 6
-    size = next((s for s in (24, 20, 17, 14, 12, 10) if s <= largest and 0.602 * s * len(text) <= room), 10)
-    most = int(room / (0.602 * size))
+    size = next((s for s in (24, 20, 17, 14, 12, 10) if s <= largest and ADVANCE * s * len(text) <= room), 10)
+    most = int(room / (ADVANCE * size))
     draw.text(middle, text if len(text) <= most else text[: most - 1] + "…", ink, _font(size), anchor="mm")
 
 
@@ -301,7 +311,7 @@ def _draw_legend(draw: ImageDraw, width: int, top: int) -> None:
     for k in range(40):  # the scale of the masked cells
         draw.line((x + k, y - 6, x + k, y + 6), _shade(k / 39))
     x = _draw_label(draw, "masked, by confidence", (x + 48, y))
-    for label, fill, edge in (("not its turn", GREY, GREY), ("just unmasked", ORANGE, ORANGE), ("done", PAPER, LINE)):
+    for label, fill, edge in (("later block", GREY, GREY), ("just unmasked", ORANGE, ORANGE), ("done", PAPER, LINE)):
         draw.rounded_rectangle((x, y - 6, x + 13, y + 6), 3, fill, edge)
         x = _draw_label(draw, label, (x + 20, y))
     assert x <= width, "LEAST_WIDTH holds the whole legend"
@@ -310,4 +320,4 @@ def _draw_legend(draw: ImageDraw, width: int, top: int) -> None:
 def _draw_label(draw: ImageDraw, label: str, where: tuple[int, int]) -> int:
     """Write a label of the legend; where the next entry starts."""
     draw.text(where, label, INK, _font(12), anchor="lm")
-    return where[0] + int(0.602 * 12 * len(label)) + 22
+    return where[0] + int(ADVANCE * 12 * len(label)) + 22

@@ -11,7 +11,7 @@ Reward = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def _check_alpha(alpha: float) -> None:
-    if not 0 <= alpha < float("inf"):
+    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha!r} is not a speed weight: need a finite number >= 0")
 
 
@@ -32,7 +32,9 @@ class Multiplicative:
         _check_alpha(self.alpha)
 
     def __call__(self, score: Tensor, steps: Tensor, length: int) -> Tensor:
-        return score * ((length - steps.clamp_max(length) + 1) / length) ** self.alpha
+        # float64: float32 powers differ in the last bit with the batch size, which would tell equal episodes apart
+        speed = (length - steps.clamp_max(length) + 1).double() / length
+        return (score * speed**self.alpha).float()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,6 @@ def make_reward(reward: str | Reward, alpha: float) -> Reward:
     _check_alpha(alpha)
     if callable(reward):
         return reward
-    if reward not in REWARDS:
+    if not isinstance(reward, str) or reward not in REWARDS:
         raise ValueError(f"reward={reward!r} is not known: choose one of {', '.join(REWARDS)}, or pass a callable")
     return REWARDS[reward](alpha)

@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase
 
 from dllm_gym.dealer import Dealer
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking
+from dllm_gym.vector_env import check_action
 
 
 class DLLMUnmaskTorchRLEnv(EnvBase):
@@ -37,7 +38,7 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
     batch_locked = True
 
     def __init__(self, num_envs: int = 1, **settings: Any):
-        self.core = Unmasking(num_envs, EnvConfig(**settings))
+        self.core = Unmasking(num_envs, EnvConfig.of(settings))
         super().__init__(device=self.core.dllm.device, batch_size=torch.Size([num_envs]))
         N, L, K = num_envs, self.core.L, self.core.sampling.top_k
         entries: dict[str, Any] = {
@@ -58,6 +59,7 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
             {"done": flag, "terminated": flag.clone(), "truncated": flag.clone()}, shape=(N,), device=self.device
         )
         self.dealer = Dealer(num_envs, len(self.core.examples))
+        self._was_reset = False
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
 
@@ -70,12 +72,16 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         if len(lanes):
             examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
             self.core.place(lanes, examples, keys)
+        self._was_reset = True
         self._terminated[list(lanes)] = self._truncated[list(lanes)] = False
         self.core.predict()
         return self._pack(np.zeros(self.core.B, np.float32), np.zeros(self.core.B, np.int64))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        outcome: Outcome = self.core.act(tensordict["action"])
+        if not self._was_reset:
+            raise RuntimeError("step() was called before reset()")
+        action = check_action(tensordict["action"], (self.core.B, self.core.L), self.core.dllm.device)
+        outcome: Outcome = self.core.act(action)
         self._terminated |= outcome.terminated
         self._truncated |= outcome.truncated
         self.core.predict()

@@ -9,7 +9,8 @@ a lane's tokens do not depend on its company. The faces (:mod:`~dllm_gym.env`, :
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ class EnvConfig:
         reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward.
         alpha: weight of speed in the reward, >= 0.
         max_episode_steps: truncate after this many steps; L by default.
-        hidden: observe the dLLM's last hidden states, too.
-        device, dtype: of the dLLM; observations live on the same device, confidences are float32.
+        hidden: observe the dLLM's last hidden states, too (those of the last prediction).
+        device, dtype: of the dLLM (CPU and float32 by default); observations live on the same device, confidences are
+            float32.
     """
 
     model: str | DLLM = "tiny"
@@ -53,13 +55,22 @@ class EnvConfig:
     alpha: float = 1.0
     max_episode_steps: int | None = None
     hidden: bool = False
-    device: str | torch.device = "cpu"
-    dtype: str | torch.dtype = "float32"
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> EnvConfig:
+        """The configuration with these settings; TypeError for a name that is none."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"{name!r} is no argument of DLLMUnmask-v0: choose from {', '.join(known)}")
+        return cls(**settings)
 
 
 @dataclass
 class Outcome:
-    """What one step did to B lanes (on the host; a step costs one device synchronisation).
+    """What one step did to B lanes, on the host.
 
     Attributes:
         terminated, truncated: bool [B], the episode ended in this step.
@@ -115,7 +126,7 @@ class Unmasking:
         if self.L % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide gen_length={self.L}")
         self.max_steps = positive("max_episode_steps", default(config.max_episode_steps, self.L))
-        if not 0 <= config.temperature < float("inf"):
+        if not isinstance(config.temperature, int | float) or not 0 <= config.temperature < float("inf"):
             raise ValueError(f"temperature={config.temperature!r}: need a finite number >= 0")
         self.sampling = Sampling(positive("top_k", config.top_k), float(config.temperature), config.hidden)
         self.dllm = load_dllm(config.model, config.device, config.dtype)
@@ -182,19 +193,18 @@ class Unmasking:
             examples: index of each one's example; EMPTY leaves the lane without an episode.
             keys: each one's random stream (for proposals at a temperature).
         """
-        lanes = list(lanes)
-        for lane, index, key in zip(lanes, examples, keys, strict=True):
-            prompt = [] if index == EMPTY else self._check_prompt(self.examples[index])
-            self._widen(len(prompt))
-            row = torch.full((self.tokens.shape[1],), self.dllm.pad_id)
-            row[-self.L :] = self.dllm.eos_id if index == EMPTY else self.dllm.mask_id
-            row[self.tokens.shape[1] - self.L - len(prompt) : -self.L] = torch.tensor(prompt, dtype=torch.int64)
-            self.tokens[lane] = row.to(self.tokens.device)
-            self.prompt_length[lane] = len(prompt)
-            self.example[lane] = index
-            self.key[lane] = key
-        chosen = np.asarray(lanes, np.int64)
+        chosen, index = np.asarray(list(lanes), np.int64), np.asarray(list(examples), np.int64)
+        prompts = [[] if i == EMPTY else self._check_prompt(self.examples[i]) for i in index]
+        self._widen(max(map(len, prompts)))
+        rows = torch.full((len(chosen), self.tokens.shape[1]), self.dllm.pad_id)  # (n, P + L)
+        for row, i, prompt in zip(rows, index, prompts, strict=True):
+            row[-self.L :] = self.dllm.eos_id if i == EMPTY else self.dllm.mask_id
+            row[len(row) - self.L - len(prompt) : -self.L] = torch.tensor(prompt, dtype=torch.int64)
         where = torch.as_tensor(chosen, device=self.tokens.device)
+        self.tokens[where] = rows.to(self.tokens.device)
+        self.key[where] = torch.tensor(list(keys), dtype=torch.int64, device=self.tokens.device)
+        self.prompt_length[chosen] = [len(prompt) for prompt in prompts]
+        self.example[chosen] = index
         self.steps[where] = 0
         self.fresh[where] = False
         self.running[chosen] = self.stale[chosen] = self.example[chosen] != EMPTY
@@ -266,7 +276,7 @@ class Unmasking:
         self.steps += (mask & running).any(1)
         self.fresh = chosen
         left = (completion == self.dllm.mask_id).any(1)
-        facts = torch.stack([chosen.any(1).long(), left.long(), self.steps]).cpu().numpy()  # the one sync of a step
+        facts = torch.stack([chosen.any(1).long(), left.long(), self.steps]).cpu().numpy()  # one transfer to the host
         changed, left, steps = facts[0] > 0, facts[1] > 0, facts[2]
         terminated = self.running & ~left
         truncated = self.running & left & (steps >= self.max_steps)

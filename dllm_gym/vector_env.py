@@ -34,6 +34,14 @@ def observation_space(core: Unmasking) -> Dict:
     return Dict(spaces)
 
 
+def check_options(options: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
+    """The options of a reset that are not None; ValueError for a key that means nothing."""
+    for key in options or {}:
+        if key not in known:
+            raise ValueError(f"options[{key!r}] is not known: choose from {', '.join(known)}")
+    return {key: value for key, value in (options or {}).items() if value is not None}
+
+
 def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> str | None:
     if render_mode is not None and render_mode not in modes:
         raise ValueError(f"render_mode={render_mode!r} is not supported: choose one of {', '.join(modes)}")
@@ -100,7 +108,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             raise ValueError(f"autoreset_mode={autoreset_mode!r} is not known: choose one of {choices}") from None
         self.num_envs = positive("num_envs", num_envs)
         self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
-        self.core = Unmasking(self.num_envs, EnvConfig(**settings))
+        self.core = Unmasking(self.num_envs, EnvConfig.of(settings))
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = observation_space(self.core)
         self.single_action_space = MultiBinary(self.core.L)
@@ -121,33 +129,42 @@ class DLLMUnmaskVectorEnv(VectorEnv):
 
         Args:
             seed: lane i's generator starts from seed + i (or from seed[i]).
-            options: ``examples``, ``queue``, ``reset_mask``: see the class.
+            options: ``examples``, ``queue``, ``reset_mask``: see the class. With ``reset_mask`` a seed and examples
+                count for the lanes that it names.
+
+        Raises:
+            ValueError: an option is wrong. gymnasium.error.ResetNeeded: the first reset leaves lanes out.
         """
-        options = options or {}
-        if seed is not None:
-            self.dealer.seed(seed)
-        reset_mask = options.get("reset_mask")
-        if reset_mask is None:
+        options = check_options(options, ("examples", "queue", "reset_mask"))
+        if "reset_mask" in options:
+            self._waiting = self._reset_some(np.asarray(torch.as_tensor(options["reset_mask"]).cpu()), seed, options)
+        else:
+            if seed is not None:
+                self.dealer.seed(seed)
             self.core.place(range(self.num_envs), *self.dealer.open(options))
             self._waiting = np.zeros(self.num_envs, bool)
-        else:
-            self._waiting = self._reset_some(np.asarray(torch.as_tensor(reset_mask).cpu()))
         self.core.predict()
         return self.core.observe(), {}
 
-    def _reset_some(self, reset_mask: np.ndarray) -> np.ndarray:
+    def _reset_some(self, reset_mask: np.ndarray, seed: Any, options: dict[str, Any]) -> np.ndarray:
         """New episodes in the lanes of ``reset_mask``; returns which lanes still wait."""
         if reset_mask.shape != (self.num_envs,) or reset_mask.dtype != bool:
-            raise ValueError(f"options['reset_mask'] {reset_mask!r}: need bools of shape ({self.num_envs},)")
-        waiting = np.ones(self.num_envs, bool) if self._waiting is None else self._waiting
-        self._deal(np.flatnonzero(reset_mask))
-        return waiting & ~reset_mask
+            raise ValueError(f"options['reset_mask']={reset_mask!r}: need bools of shape ({self.num_envs},)")
+        if "queue" in options:
+            raise ValueError("options['queue'] goes with a reset of all lanes, without options['reset_mask']")
+        if self._waiting is None and not reset_mask.all():
+            raise gym.error.ResetNeeded("the first reset is of all lanes: options['reset_mask'] leaves some out")
+        lanes = np.flatnonzero(reset_mask)
+        if seed is not None:
+            self.dealer.seed(seed, lanes)
+        self._deal(lanes, self.dealer.chosen(options))
+        return np.zeros(self.num_envs, bool) if self._waiting is None else self._waiting & ~reset_mask
 
-    def _deal(self, lanes: np.ndarray) -> None:
-        """Put the next prompt into each of these lanes, the lowest lane first."""
+    def _deal(self, lanes: np.ndarray, chosen: list[int] | None = None) -> None:
+        """Put the next (or the chosen) prompt into each of these lanes, the lowest lane first."""
         if len(lanes):
             examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
-            self.core.place(lanes, examples, keys)
+            self.core.place(lanes, [chosen[lane] for lane in lanes] if chosen else examples, keys)
 
     def step(self, actions: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         """Unmask the chosen positions in every lane.
@@ -201,7 +218,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         return {**info, **final}
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.as_tensor(values, device=self.device)
+        return torch.tensor(values, device=self.device)  # a copy: what is returned is the caller's
 
     def last_completions(self) -> list[str | None]:
         """The text of the last finished episode of every lane (None where none has finished)."""
@@ -225,7 +242,10 @@ def check_action(action: Any, shape: tuple[int, ...], device: torch.device) -> T
         ValueError: it has another shape, or it is not made of integers or bools (floats pass if they are 0 or 1, as
             Stable-Baselines3 sends them).
     """
-    action = torch.as_tensor(action)
+    try:
+        action = torch.as_tensor(action)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"action={action!r}: need integers or bools of shape {shape} (1 = unmask)") from None
     if tuple(action.shape) != shape:
         raise ValueError(f"action of shape {tuple(action.shape)}: need {shape}")
     if action.is_complex() or (action.is_floating_point() and not torch.isin(action, action.new_tensor([0, 1])).all()):

@@ -142,55 +142,75 @@ def save_checkpoint(model: LlamaForCausalLM, dllm: DLLM, folder: Path) -> None:
     dllm.tokenizer.save_pretrained(folder)
 
 
-def build_optimizers(model: LlamaForCausalLM, cfg: DictConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LlamaForCausalLM, cfg: DictConfig, stage: DictConfig) -> list[tuple]:
+    """(optimizer, schedule) of the matrices and of the rest: warm-up, constant, linear cooldown."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
-    return [
+    optimizers = [
         torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
         torch.optim.AdamW(others, **settings),
     ]
+
+    def factor(step: int) -> float:
+        return min(1, (step + 1) / cfg.warmup, (stage.steps - step) / max(stage.cooldown, 1))
+
+    return [(o, torch.optim.lr_scheduler.LambdaLR(o, factor)) for o in optimizers]
+
+
+class LearningCurve:
+    """learning_curve.csv: mean loss since the last line and score on validation examples, per task."""
+
+    def __init__(self, path: Path, cfg: DictConfig, lessons: list[tuple]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.cfg, self.lessons = path.open("w", newline=""), cfg, lessons
+        self.writer = csv.writer(self.file)
+        names = [task.name for _, task in lessons]
+        self.writer.writerow(["step", *(f"loss/{n}" for n in names), *(f"score/{n}" for n in names)])
+        self.losses: list[list[float]] = [[] for _ in lessons]
+
+    def write(self, step: int, dllm: DLLM) -> None:
+        losses = [sum(values) / len(values) for values in self.losses]
+        count = self.cfg.evaluate_examples
+        scores = [decode_score(task, dllm, lesson.block_length, count) for lesson, task in self.lessons]
+        self.writer.writerow([step, *(f"{value:.4f}" for value in (*losses, *scores))])
+        self.file.flush()
+        self.losses = [[] for _ in self.lessons]
+
+
+def run_stage(cfg: DictConfig, index: int, model: LlamaForCausalLM, dllm: DLLM, curve: LearningCurve) -> None:
+    """Train through one stage, writing the curve and the checkpoint as it goes."""
+    stage, before = cfg.stages[index], sum(s.steps for s in cfg.stages[:index])
+    if index:
+        torch.manual_seed(cfg.seed + index)  # the first stage goes on from the initialisation
+    rng = random.Random(cfg.seed + index)
+    optimizers = build_optimizers(model, cfg, stage)
+    for step in track(range(before, before + stage.steps), f"stage {index + 1}/{len(cfg.stages)}"):
+        for i, (lesson, task) in enumerate(curve.lessons):
+            batch = sample_batch(lesson, task, dllm, rng, step)
+            masks = random_masks(batch[2], task.gen_length, lesson.left_to_right)
+            loss = denoising_loss(model, dllm, batch, masks, cfg.eos_weight)
+            loss.backward()
+            curve.losses[i].append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (step + 1) % cfg.evaluate_every == 0 or step + 1 == before + stage.steps:
+            curve.write(step + 1, dllm)
+            save_checkpoint(model, dllm, Path(cfg.save_to))
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="pretrain_tiny")
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    rng = random.Random(cfg.seed)
     lessons = [(lesson, hydra.utils.instantiate(lesson.task)) for lesson in cfg.lessons]
     model, dllm = build_dllm(cfg.architecture)
-    optimizers = build_optimizers(model, cfg)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / cfg.warmup, (cfg.steps - step) / cfg.cooldown)
-        )
-        for optimizer in optimizers
-    ]
-    curve = Path(cfg.save_to).parent / "learning_curve.csv"
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    names = [task.name for _, task in lessons]
-    with curve.open("w", newline="") as file:
-        log = csv.writer(file)
-        log.writerow(["step", *(f"loss/{n}" for n in names), *(f"score/{n}" for n in names)])
-        losses = torch.zeros(len(lessons))
-        for step in track(range(cfg.steps), "pretraining"):
-            for i, (lesson, task) in enumerate(lessons):
-                batch = sample_batch(lesson, task, dllm, rng, step)
-                masks = random_masks(batch[2], task.gen_length, lesson.left_to_right)
-                loss = denoising_loss(model, dllm, batch, masks, cfg.eos_weight)
-                loss.backward()
-                losses[i] += loss.detach() / cfg.evaluate_every
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
-                scores = [decode_score(task, dllm, le.block_length, cfg.evaluate_examples) for le, task in lessons]
-                log.writerow([step + 1, *(f"{x:.4f}" for x in losses.tolist()), *(f"{s:.4f}" for s in scores)])
-                file.flush()
-                losses.zero_()
-                save_checkpoint(model, dllm, Path(cfg.save_to))
+    curve = LearningCurve(Path(cfg.save_to).parent / "learning_curve.csv", cfg, lessons)
+    for index in range(len(cfg.stages)):
+        run_stage(cfg, index, model, dllm, curve)
 
 
 if __name__ == "__main__":

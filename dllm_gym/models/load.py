@@ -40,27 +40,31 @@ FAMILIES: dict[str, Callable[[Path, dict[str, Any], torch.dtype], PreTrainedMode
 
 
 def load_dllm(
-    model: str | Path | DLLM, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+    model: str | Path | DLLM, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> DLLM:
     """Load a frozen dLLM; the same arguments give the same object within a process.
 
     Args:
         model: ``"tiny"`` (shipped), a local folder, a hub id (``owner/name``, optionally ``@revision``), or a DLLM,
             which is returned as it is.
-        device: where the weights go.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
+        device: where the weights go; the CPU by default.
+        dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
 
     Raises:
         ValueError: no such model; not a supported family; weights that are missing, unexpected, mis-shaped or
-            unreadable; an unknown dtype or device.
+            unreadable; an unknown dtype or device, or another one than a given DLLM has.
     """
-    if isinstance(model, DLLM):
-        return model
-    if not isinstance(dtype, torch.dtype):
+    if dtype is not None and not isinstance(dtype, torch.dtype):
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    return _load(str(model), _check_device(device), dtype)
+    device = None if device is None else check_device(device)
+    if isinstance(model, DLLM):
+        for name, asked, has in (("device", device, model.device), ("dtype", dtype, model.dtype)):
+            if asked is not None and asked != has:
+                raise ValueError(f"{name}={str(asked)!r}: the dLLM that was passed has {has}")
+        return model
+    return _load(str(model), device or torch.device("cpu"), dtype or torch.float32)
 
 
 @lru_cache(maxsize=4)
@@ -149,10 +153,11 @@ def _refuse_mismatch(report: dict[str, Any]) -> None:
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
-def _check_device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, with its index, if tensors can be made there; ValueError otherwise."""
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from None

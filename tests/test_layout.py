@@ -1,0 +1,104 @@
+"""Who imports whom, what an import drags in, and that the examples in docstrings run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each part of dllm_gym may import of the others. A new part needs a line here.
+BASE = {"models", "tasks", "rewards", "noise", "render", "dealer"}
+MAY_IMPORT = {
+    "": set(),
+    **dict.fromkeys(BASE, set()),
+    "models": {"noise"},
+    "unmasking": BASE,
+    "vector_env": BASE | {"unmasking"},
+    "env": BASE | {"unmasking", "vector_env"},
+    "torchrl_env": BASE | {"unmasking"},
+}
+TENSORS_ONLY = ["policies", "distributions", "heuristics"]
+HYDRA = {"hydra", "omegaconf"}
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in the file; ``from a import b`` gives a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def part(name: str) -> str:
+    """``models`` of ``dllm_gym.models.load``; empty for the package itself."""
+    return (name.split(".") + [""])[1]
+
+
+def test_the_scanner_sees_every_form():
+    assert "datasets.Dataset" in imports(ROOT / "dllm_gym/tasks/base.py")  # within a function
+    assert "dllm_gym.render" in imports(ROOT / "dllm_gym/env.py")  # from dllm_gym import render
+    assert "numpy" in imports(ROOT / "dllm_gym/env.py")  # import numpy as np
+
+
+@pytest.mark.parametrize("path", files("dllm_gym"), ids=module_name)
+def test_the_environment_imports_downwards(path):
+    own = part(module_name(path))
+    assert own in MAY_IMPORT, f"say in MAY_IMPORT what dllm_gym.{own} may import"
+    used = {part(name) for name in imports(path) if name.startswith("dllm_gym.")}
+    assert used <= MAY_IMPORT[own] | {own}
+    assert packages(path).isdisjoint({"agents", "scripts", "shared", *HYDRA})
+    assert "torchrl" not in packages(path) or own == "torchrl_env"
+
+
+@pytest.mark.parametrize("path", files("agents"), ids=module_name)
+def test_agents_know_neither_scripts_nor_hydra(path):
+    assert packages(path).isdisjoint({"scripts", "shared", *HYDRA})
+    if path.stem in TENSORS_ONLY:
+        assert "dllm_gym" not in packages(path)
+        others = {part(name) for name in imports(path) if name.startswith("agents.")}
+        assert others <= set(TENSORS_ONLY)
+
+
+def loaded(statement: str, names: list[str]) -> str:
+    """What ``statement`` prints in a fresh process, and which of the modules it has loaded."""
+    code = f"import sys\n{statement}\nprint([name for name in {names} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_importing_is_light_and_silent():
+    heavy = ["torch", "transformers", "torchrl", "datasets", "hydra", "matplotlib"]
+    assert loaded("import dllm_gym, dllm_gym.tasks, dllm_gym.render", heavy) == "[]\n"
+    assert loaded("import dllm_gym.vector_env, agents.heuristics, agents.policies", ["torchrl", "hydra"]) == "[]\n"
+
+
+SHOWN = [*files("dllm_gym/tasks"), *(ROOT / f"dllm_gym/{name}.py" for name in ("env", "vector_env", "torchrl_env"))]
+
+
+@pytest.mark.parametrize("path", files("dllm_gym", "agents"), ids=module_name)
+def test_examples_in_docstrings_run(path):
+    result = doctest.testmod(importlib.import_module(module_name(path)))
+    assert result.failed == 0
+    assert result.attempted or path not in SHOWN or path.stem in ("__init__", "base"), "show how it is used"
