@@ -21,7 +21,7 @@ Row = dict[str, Any]  # one decider on one split: the columns of the table
 def evaluate_rows(
     env: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int]
 ) -> list[Row]:
-    """Evaluate every decider on the same examples, once per seed; ``deciders`` maps a family to ... its members."""
+    """One row per decider, in order: each is evaluated on the same examples, once per seed."""
     return [
         summary(name, [evaluate(env, decider, examples, seed) for seed in seeds]) for name, decider in deciders.items()
     ]
@@ -31,7 +31,8 @@ def summary(name: str, results: Sequence[Results]) -> Row:
     """Means of one decider's results over examples and seeds, with 95 % bootstrap intervals.
 
     Args:
-        name: of the decider, ``family(setting)``. results: one per seed, over the same examples.
+        name: of the decider, ``family(setting)``.
+        results: one per seed, over the same examples.
     """
     score = np.mean([r.score.cpu().numpy() for r in results], axis=0)  # (E,), seeds of one example belong together
     nfe = np.mean([r.nfe.cpu().numpy() for r in results], axis=0)

@@ -3,6 +3,7 @@
     python scripts/evaluate.py task=arithmetic env=semi_autoregressive
     python scripts/evaluate.py checkpoint=outputs/train/2026-01-01_12-00-00 evaluation.examples=2000
 
+A policy is evaluated on the model, task, env and reward it was trained with, unless the command line names others.
 The run folder (outputs/evaluate/...) gets results.{json,csv,png}.
 """
 
@@ -11,17 +12,22 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-from shared import heuristics, load_policy, make_evaluation_envs, policy_deciders, prepare, report
+from shared import heuristics, load_policy, make_evaluation_envs, policy_deciders, prepare, report, take_over
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    run, device = prepare(cfg)
     deciders = heuristics(cfg)
     if cfg.checkpoint is not None:
-        policy, trained = load_policy(cfg.checkpoint, device)
+        policy, trained = load_policy(cfg.checkpoint)
+        take_over(cfg, trained)
+        if cfg.temperature is not None:
+            trained.distribution.temperature = cfg.temperature
         deciders = {**policy_deciders(policy, trained.distribution), **deciders}
-    report(cfg, make_evaluation_envs(cfg, device), deciders, run, Console())
+    run, device = prepare(cfg)
+    if cfg.checkpoint is not None:
+        policy.to(device)
+    report(cfg, make_evaluation_envs(cfg, device, deciders), deciders, run, Console())
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ from typing import Any
 import gymnasium as gym
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
 from agents.policies import Policy, PolicyDecider
-from agents.rollout import Decider
+from agents.rollout import Decider, evaluate
+from dllm_gym.models.load import check_device
+from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 CHECKPOINT = "checkpoint"  # folder of a run that holds the policy and the trainer's state
@@ -23,14 +26,14 @@ CONFIG = "config.yaml"  # a run's resolved configuration
 
 def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
     """Threads, the run folder with the resolved configuration in it, and the device."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    run = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+    if cfg.threads is not None:
+        torch.set_num_threads(positive("threads", cfg.threads))
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = check_device(wanted)
+    run = Path(HydraConfig.get().runtime.output_dir)
     run.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, run / CONFIG, resolve=True)
-    if cfg.device != "auto":
-        return run, torch.device(cfg.device)
-    return run, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return run, device
 
 
 def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
@@ -40,20 +43,28 @@ def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnm
     return gym.make_vec("DLLMUnmask-v0", task=task, device=device, **groups, **settings)
 
 
-def make_evaluation_envs(cfg: DictConfig, device: torch.device) -> DLLMUnmaskVectorEnv:
-    """The environment of the evaluation, checked against the number of examples asked for."""
+def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
+    """The environment of the evaluation, in which every decider has been tried once: what does not fit fails now."""
     settings = cfg.evaluation
-    envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, top_k=settings.top_k)
+    policies = (decider.policy for decider in deciders.values() if isinstance(decider, PolicyDecider))
+    top_k = max(settings.top_k, *(policy.top_k for policy in policies), 1)
+    envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, top_k=top_k)
     if not 1 <= settings.examples <= len(envs.core.examples):
         raise ValueError(
             f"evaluation.examples={settings.examples}: split {settings.split!r} has {len(envs.core.examples)} examples"
         )
+    for decider in deciders.values():
+        evaluate(envs, decider, [0])
     return envs
 
 
 def heuristics(cfg: DictConfig) -> dict[str, Decider]:
+    """The configured rules by name; a rule that is listed twice would hide a row of the table."""
     rules = hydra.utils.instantiate(cfg.heuristics, _convert_="all")
-    return {str(rule): rule for rule in rules}
+    named = {str(rule): rule for rule in rules}
+    if len(named) < len(rules):
+        raise ValueError(f"heuristics: of {[str(rule) for rule in rules]} some are the same")
+    return named
 
 
 def policy_deciders(policy: Policy, distribution: DictConfig) -> dict[str, Decider]:
@@ -65,7 +76,15 @@ def policy_deciders(policy: Policy, distribution: DictConfig) -> dict[str, Decid
     }
 
 
-def load_policy(run: str | Path, device: torch.device) -> tuple[Policy, DictConfig]:
+def take_over(cfg: DictConfig, trained: DictConfig) -> None:
+    """Let ``cfg`` use the model, task, env and reward that a policy was trained with, unless the user chose others."""
+    chosen = {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    for group in ("model", "task", "env", "reward"):
+        if not any(name == group or name.startswith(f"{group}.") for name in chosen):
+            cfg[group] = trained[group]
+
+
+def load_policy(run: str | Path) -> tuple[Policy, DictConfig]:
     """The policy that a run saved, and the run's configuration.
 
     Raises:
@@ -77,7 +96,7 @@ def load_policy(run: str | Path, device: torch.device) -> tuple[Policy, DictConf
             raise ValueError(f"checkpoint={str(run)!r}: {needed} does not exist; give a run folder of scripts/train.py")
     cfg = OmegaConf.load(run / CONFIG)
     policy_class = hydra.utils.get_class(cfg.policy._target_)
-    return policy_class.from_pretrained(run / CHECKPOINT / "policy").to(device).eval(), cfg
+    return policy_class.from_pretrained(run / CHECKPOINT / "policy").eval(), cfg
 
 
 def report(

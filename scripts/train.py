@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import hydra
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from agents.policies import PolicyDecider, make_actor
 from agents.rollout import Results, rollout
+from dllm_gym.unmasking import positive
 
 
 def prompts_of_round(round_: int, count: int, total: int, seed: int) -> np.ndarray:
@@ -36,11 +39,11 @@ def prompts_of_round(round_: int, count: int, total: int, seed: int) -> np.ndarr
 def save_checkpoint(run: Path, policy: torch.nn.Module, algorithm: Any, round_: int) -> None:
     """Replace the run's checkpoint; a crash on the way leaves the one before."""
     new, old = run / f"{CHECKPOINT}.new", run / f"{CHECKPOINT}.old"
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
     policy.save_pretrained(new / "policy")
     torch.save({"round": round_, "algorithm": algorithm.state_dict()}, new / "trainer.pt")
     if (run / CHECKPOINT).exists():
+        shutil.rmtree(old, ignore_errors=True)
         (run / CHECKPOINT).rename(old)
     new.rename(run / CHECKPOINT)
     shutil.rmtree(old, ignore_errors=True)
@@ -53,19 +56,29 @@ def resume(folder: str | None, algorithm: Any, device: torch.device) -> int:
     path = Path(folder) / CHECKPOINT / "trainer.pt"
     if not path.is_file():
         raise ValueError(f"resume={folder!r}: {path} does not exist; give a run folder of scripts/train.py")
-    state = torch.load(path, map_location=device, weights_only=True)
-    algorithm.load_state_dict(state["algorithm"])
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        algorithm.load_state_dict(state["algorithm"])
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"resume={folder!r}: its state does not fit the policy and agent of this run: {error}"
+        ) from error
     return state["round"]
 
 
 class Metrics:
     """Metrics of every round: a line of metrics.csv, the progress bar, and the logger if there is one."""
 
-    def __init__(self, run: Path, bar: tqdm, logger: Any):
-        self.file = (run / "metrics.csv").open("w", newline="")
-        self.bar, self.logger, self.writer = bar, logger, None
+    def __init__(self, path: Path, start: int, bar: tqdm, logger: Any):
+        self.path, self.bar, self.logger = path, bar, logger
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():  # a run that goes on in its own folder
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["round"]) < start]
+        self._write(self.rows, "w")
 
     def log(self, round_: int, results: Results, update: Mapping[str, float]) -> None:
+        """Add a round; ``update`` holds the algorithm's own metrics."""
         rollout_metrics = {
             "reward": float(results.reward.mean()),
             "accuracy": float(results.score.mean()),
@@ -74,15 +87,23 @@ class Metrics:
             "idle_lanes": results.idle_lanes,
         }
         row = {"round": round_, **rollout_metrics, **update}
-        if self.writer is None:
-            columns = [*row, *(c for c in ("loss", "clip_fraction", "kl_approx", "grad_norm") if c not in row)]
-            self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
-            self.writer.writeheader()
-        self.writer.writerow(row)
-        self.file.flush()
+        known = self.columns()
+        self.rows.append(row)
+        self._write(*(([row], "a") if known == self.columns() else (self.rows, "w")))
         self.bar.set_postfix({k: f"{rollout_metrics[k]:.3f}" for k in ("reward", "accuracy", "nfe")})
         for name, value in row.items() if self.logger else ():
             self.logger.log_scalar(name, value, step=round_)
+
+    def columns(self) -> list[str]:
+        """Every metric that some round had (rounds without a gradient step have fewer)."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self.columns())
+            if mode == "w" and rows:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 def train(cfg: DictConfig, run: Path, envs: Any, policy: torch.nn.Module) -> bool:
@@ -95,7 +116,7 @@ def train(cfg: DictConfig, run: Path, envs: Any, policy: torch.nn.Module) -> boo
     start = resume(cfg.resume, algorithm, envs.device)
     done = start
     with tqdm(total=cfg.rounds, initial=start, desc="training", unit="round") as bar:
-        metrics = Metrics(run, bar, logger)
+        metrics = Metrics(run / "metrics.csv", start, bar, logger)
         try:
             for round_ in range(start, cfg.rounds):
                 prompts = prompts_of_round(round_, cfg.prompts_per_round, len(envs.core.examples), cfg.seed)
@@ -112,24 +133,33 @@ def train(cfg: DictConfig, run: Path, envs: Any, policy: torch.nn.Module) -> boo
         except KeyboardInterrupt:
             save_checkpoint(run, policy, algorithm, done)
             return False
-        finally:
-            metrics.file.close()
     save_checkpoint(run, policy, algorithm, done)
     return True
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError for a count that is none, before any work."""
+    for name in ("rounds", "prompts_per_round", "num_envs", "checkpoint_every"):
+        positive(name, cfg[name])
+    positive("agent.group_size", cfg.agent.group_size)
+    positive("evaluation.num_envs", cfg.evaluation.num_envs)
+
+
 @hydra.main(version_base=None, config_path="../conf", config_name="train")
-def main(cfg: DictConfig) -> float | None:
+def main(cfg: DictConfig) -> float:
+    check_settings(cfg)
     console = Console()
     run, device = prepare(cfg)
     torch.manual_seed(cfg.seed)
     policy = hydra.utils.instantiate(cfg.policy).to(device)
     envs = make_envs(cfg, device, num_envs=cfg.num_envs, split="train", top_k=policy.top_k)
-    test_envs = make_evaluation_envs(cfg, device)
     deciders = {**policy_deciders(policy, cfg.distribution), **heuristics(cfg)}
+    test_envs = make_evaluation_envs(cfg, device, deciders)
+    for stale in run.glob("results.*"):  # of an earlier run in the same folder
+        stale.unlink()
     if not train(cfg, run, envs, policy):
         console.print(f"interrupted, checkpoint saved: go on with resume={run}", highlight=False)
-        return None
+        sys.exit(130)
     rows = report(cfg, test_envs, deciders, run, console)
     return max(row["reward"] for row in rows if row["family"] == "policy")  # what Hydra's optimising sweepers maximise
 

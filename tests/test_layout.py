@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "unmasking": BASE,
     "vector_env": BASE | {"unmasking"},
     "env": BASE | {"unmasking", "vector_env"},
-    "torchrl_env": BASE | {"unmasking"},
+    "torchrl_env": BASE | {"unmasking", "vector_env"},
 }
 TENSORS_ONLY = ["policies", "distributions", "heuristics"]
 HYDRA = {"hydra", "omegaconf"}

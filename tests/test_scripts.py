@@ -87,7 +87,7 @@ def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "interrupted" in out and "Traceback" not in err
+    assert process.returncode == 130 and "interrupted" in out and "Traceback" not in err
     assert not (folder / "results.json").exists()
     assert (folder / "checkpoint" / "trainer.pt").exists()
     run("watch.py", f"checkpoint={folder}", "fps=1000", f"hydra.run.dir={tmp_path / 'watch'}")
@@ -116,6 +116,10 @@ def test_plot_draws_results_again(trained, tmp_path):
         (["reward.alpha=-1"], "alpha=-1"),
         (["evaluation.examples=100000"], "evaluation.examples=100000"),
         (["resume=nowhere"], "resume='nowhere'"),
+        (["checkpoint_every=0"], "checkpoint_every=0"),
+        (["agent.group_size=1", "rounds=2"], "agent.group_size must be at least 2"),
+        (["device=warp"], "device='warp'"),
+        (["evaluation.top_k=1"], "use top_k >= 2"),
     ],
 )
 def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):

@@ -15,10 +15,11 @@ from dllm_gym.unmasking import EnvConfig, Unmasking
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 
-def policy(bias: float = 1.0, greedy: bool = True) -> PolicyDecider:
-    torch.manual_seed(1)
-    network = DiTConfidence(width=16, ffn=32, heads=2, output_bias=bias)
-    torch.nn.init.normal_(network.head.weight, std=2.0)  # logits on both sides of 0
+def policy(greedy: bool = True) -> PolicyDecider:
+    torch.manual_seed(3)
+    network = DiTConfidence(width=16, ffn=32, heads=2)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # logits on both sides of 0
     return PolicyDecider(network, ZeroTruncatedBernoulli, greedy=greedy)
 
 

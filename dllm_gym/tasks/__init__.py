@@ -19,7 +19,7 @@ def make_task(task: str | Task) -> Task:
     """
     if isinstance(task, Task):
         return task
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"task={task!r} is not known: choose one of {', '.join(TASKS)}, or pass a Task")
     return TASKS[task]()
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 
-from dllm_gym.tasks.base import Example, ProceduralTask
+from dllm_gym.tasks.base import Example, ProceduralTask, whole
 
 BLOCK = 12  # tokens: L is a multiple of it, so that semi-autoregressive blocks fit
 
@@ -35,7 +35,7 @@ class Arithmetic(ProceduralTask):
         self, min_operations: int = 1, max_operations: int = 4, seed: int = 0, sizes: Mapping[str, int] | None = None
     ):
         super().__init__(seed, sizes)
-        if not 1 <= min_operations <= max_operations:
+        if not 1 <= whole("min_operations", min_operations) <= whole("max_operations", max_operations):
             raise ValueError(
                 f"min_operations={min_operations}, max_operations={max_operations}: "
                 "need 1 <= min_operations <= max_operations"

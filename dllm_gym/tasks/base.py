@@ -49,8 +49,9 @@ class ProceduralTask(Task):
     """A task whose examples a seeded generator makes; its splits share no prompt.
 
     A prompt belongs to exactly one split, by a checksum of its text: a tenth of all prompts to ``test``, a tenth to
-    ``validation``, the rest to ``train``. Splits stay disjoint for every seed and size, and whoever trains a dLLM on
-    :meth:`draw` with ``split="train"`` has not seen a test prompt.
+    ``validation``, the rest to ``train``. For given settings of a task its splits are disjoint whatever the seeds and
+    sizes, and whoever trains a dLLM on :meth:`draw` with ``split="train"`` has not seen a test prompt. (The checksum is
+    of the text, padding included: a chain of arithmetic changes its split with ``max_operations``.)
 
     Args:
         seed: seed of the generator; other seeds give other examples of the same splits.
@@ -63,7 +64,7 @@ class ProceduralTask(Task):
         for split, size in self.sizes.items():
             if split not in SPLITS:
                 raise ValueError(f"sizes names the split {split!r}: choose among {', '.join(SPLITS)}")
-            if not isinstance(size, int) or size < 1:
+            if whole(f"sizes[{split!r}]", size) < 1:
                 raise ValueError(f"sizes[{split!r}]={size!r}: need a whole number of at least 1")
         self._splits: dict[str, Dataset] = {}
 
@@ -123,3 +124,10 @@ def split_of(prompt: str) -> str:
     """The split that a prompt of a procedural task belongs to."""
     bucket = zlib.crc32(prompt.encode()) % 10
     return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` if it is a whole number; a ValueError that names the setting otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}: need a whole number of at least 0")
+    return value
