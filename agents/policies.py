@@ -85,6 +85,9 @@ class DiTConfidence(Policy):
         output_bias: initial logit.
         time_period: longest period of the time embedding (over 2 pi); its frequencies are 1 .. 1 / time_period. The
             default suits t in [0, 1]; LUP's own 1.0 makes all frequencies equal, so the embedding holds two values.
+        absolute_positions: also add an embedding of the position to the input. Rotary attention alone (LUP) starts
+            blind to position, because the block starts as the identity: equally confident positions then begin with
+            equal logits, and only chance tells them apart.
 
     Raises:
         ValueError: a setting is out of range, or (on call) the observation has fewer than ``top_k`` confidences.
@@ -99,6 +102,7 @@ class DiTConfidence(Policy):
         top_k: int = 1,
         output_bias: float = -2.0,
         time_period: float = 0.01,
+        absolute_positions: bool = False,
     ):
         super().__init__()
         if heads < 1 or width < 1 or width % (2 * heads):
@@ -116,11 +120,13 @@ class DiTConfidence(Policy):
             "top_k": top_k,
             "output_bias": output_bias,
             "time_period": time_period,
+            "absolute_positions": absolute_positions,
         }
         self.top_k, self.time_period = top_k, time_period
         self.input = nn.Linear(top_k, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.place = nn.Linear(width, width) if absolute_positions else None
         self.block = DiTBlock(width, ffn, heads)
         self.final_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
@@ -137,7 +143,10 @@ class DiTConfidence(Policy):
         lead, length = confidence.shape[:-2], confidence.shape[-2]
         dtype = self.head.weight.dtype
         x = self.input(confidence[..., : self.top_k].reshape(-1, length, self.top_k).to(dtype))  # (B, L, d)
-        embedded = self.time_mlp(time_embedding(time.reshape(-1, 1), x.shape[-1], self.time_period).to(dtype))  # (B, d)
+        if self.place is not None:
+            position = torch.arange(length, device=x.device, dtype=torch.float32)[:, None]
+            x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(dtype))
+        embedded = self.time_mlp(sinusoid(time.reshape(-1, 1), x.shape[-1], self.time_period).to(dtype))  # (B, d)
         condition = (
             embedded[:, None] + self.mask_embedding.weight
         )  # (B, 2, d): one for unmasked, one for masked positions
@@ -175,11 +184,11 @@ class DiTBlock(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
-def time_embedding(time: Tensor, width: int, period: float) -> Tensor:
-    """Sinusoidal embedding float32 [B, width] (cosines, sines) of time [B, 1]; frequencies period ** -(i / half)."""
+def sinusoid(value: Tensor, width: int, period: float) -> Tensor:
+    """Embedding float32 [B, width] (cosines, sines) of value [B, 1]; frequencies period ** -(i / half)."""
     half = width // 2
-    frequency = period ** -(torch.arange(half, device=time.device, dtype=torch.float32) / half)
-    angle = time.float() * frequency  # (B, half)
+    frequency = period ** -(torch.arange(half, device=value.device, dtype=torch.float32) / half)
+    angle = value.float() * frequency  # (B, half)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 
 from agents.distributions import BernoulliArgmax, MaskedBernoulli, ZeroTruncatedBernoulli
-from agents.policies import DiTConfidence, PolicyDecider, make_actor, rotate, time_embedding
+from agents.policies import DiTConfidence, PolicyDecider, make_actor, rotate, sinusoid
 
 
 def observation(*lead, length=9, k=2):
@@ -74,7 +74,7 @@ def test_every_input_matters_and_positions_are_told_apart():
 def test_mask_condition_equals_conditioning_each_position():
     policy, obs = small(), observation(2)
     block, width = policy.block, 16
-    time = policy.time_mlp(time_embedding(obs["time"], width, policy.time_period))
+    time = policy.time_mlp(sinusoid(obs["time"], width, policy.time_period))
     condition = time[:, None] + policy.mask_embedding(obs["mask"].long())  # (B, L, d), the textbook form
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = block.modulation(condition).chunk(6, dim=-1)
     x = policy.input(obs["confidence"][..., :1])
@@ -99,9 +99,9 @@ def test_rotation_depends_on_distance_only():
 
 def test_time_embedding_of_period_one_holds_two_values():
     time = torch.tensor([[0.0], [0.25], [1.0]])
-    degenerate = time_embedding(time, 128, 1.0)
+    degenerate = sinusoid(time, 128, 1.0)
     assert [len(set(row)) for row in degenerate.tolist()] == [2, 2, 2]
-    default = time_embedding(time, 128, DiTConfidence().time_period)
+    default = sinusoid(time, 128, DiTConfidence().time_period)
     assert len(set(default[1].tolist())) == 128
     torch.testing.assert_close(default[1, [0, 32]], torch.tensor([0.25, 2.5]).cos())  # frequencies 1 and 10
 
@@ -207,3 +207,10 @@ def test_greedy_decider_ignores_the_noise():
     torch.testing.assert_close(log_prob, expected.log_prob(action))
     assert torch.equal(action, decider(obs, torch.rand(6, 9)))
     assert str(decider) == "DiTConfidence(BernoulliArgmax, greedy)"
+
+
+def test_absolute_positions_tell_equals_apart_from_the_start():
+    torch.manual_seed(0)
+    same = {"confidence": torch.full((1, 6, 1), 0.25), "mask": torch.ones(1, 6), "time": torch.zeros(1, 1)}
+    blind, sighted = DiTConfidence(width=16, ffn=32), DiTConfidence(width=16, ffn=32, absolute_positions=True)
+    assert blind(**same).std() < 1e-6 < 1e-3 < sighted(**same).std()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,9 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from omegaconf import open_dict
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -22,6 +27,7 @@ SMALL = [
     "agent.group_size=4",
     "evaluation.examples=8",
     "heuristics=[]",
+    "reward.alpha=2.5",
     "threads=1",
 ]
 
@@ -34,6 +40,21 @@ def run(script: str, *overrides: str, check: bool = True) -> subprocess.Complete
 def compose_config(name: str, *overrides: str):
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         return compose(name, list(overrides), return_hydra_config=True)
+
+
+def call(script: str, folder: Path, *overrides: str):
+    """The script's main in this process, as Hydra would call it: spares the seconds of another interpreter."""
+    cfg = compose_config(script, *overrides)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(folder)
+        HydraConfig.instance().set_config(cfg)
+        del cfg.hydra
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module(script).main(cfg)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+        HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +76,29 @@ def test_training_leaves_everything_a_user_needs(trained):
 
 
 def test_a_checkpoint_evaluates_like_the_run_that_made_it(trained, tmp_path):
-    run(
-        "evaluate.py",
-        f"checkpoint={trained}",
-        "evaluation.examples=8",
-        "evaluation.seeds=[42]",
-        "evaluation.num_envs=3",
-        "heuristics=[]",
-        "reward.alpha=3.0",
-        "threads=1",
-        f"hydra.run.dir={tmp_path}",
-    )
+    settings = ["evaluation.examples=8", "evaluation.seeds=[42]", "evaluation.num_envs=3", "heuristics=[]", "threads=1"]
+    call("evaluate", tmp_path, f"checkpoint={trained}", *settings)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads((trained / "results.json").read_text())
 
 
+def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path, monkeypatch):
+    settings = ["evaluation.examples=4", "evaluation.seeds=[42]", "heuristics=[]", "temperature=0.5"]
+    call("evaluate", tmp_path, f"checkpoint={trained}", *settings, "task=arithmetic", "env.block_length=12")
+    used = (tmp_path / "config.yaml").read_text()
+    assert "arithmetic.Arithmetic" in used and "block_length: 12" in used
+    assert "alpha: 2.5" in used  # not named above: the run's own
+
+
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
-    half, rest = tmp_path / "half", tmp_path / "rest"
-    run("train.py", *SMALL, "rounds=1", f"hydra.run.dir={half}")
-    run("train.py", *SMALL, f"resume={half}", f"hydra.run.dir={rest}")
+    half = tmp_path / "half"
+    call("train", half, *SMALL, "agent.algorithm.scheduler.T_max=2", "rounds=1")
+    call("train", half, *SMALL, f"resume={half}")  # in its own folder: the metrics go on
     whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
-    assert (rest / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
+    assert (half / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
+    assert (half / "metrics.csv").read_text() == (trained / "metrics.csv").read_text()
+    (half / "checkpoint" / "trainer.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="resume="):
+        call("train", tmp_path / "other", *SMALL, f"resume={half}")
 
 
 def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path):
@@ -101,9 +125,16 @@ def test_watch_replays_one_decoding(tmp_path):
 
 
 def test_plot_draws_results_again(trained, tmp_path):
-    picture = tmp_path / "again.png"
-    run("plot.py", f"results={trained / 'results.json'}", f"picture={picture}", f"hydra.run.dir={tmp_path}")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    call("plot", tmp_path, f"results={trained / 'results.json'}", f"picture={tmp_path / 'again.png'}")
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_counts_what_it_says(tmp_path):
+    call("benchmark", tmp_path, "num_envs=[1,4]", "episodes=16", "repeats=1", "threads=1")
+    runs = json.loads((tmp_path / "benchmark.json").read_text())
+    for (figures,) in runs.values():
+        assert figures["row forwards/s"] == pytest.approx(figures["env steps/s"], rel=0.01)  # no step was wasted
+        assert 0 < figures["outside forward"] < 1
 
 
 @pytest.mark.parametrize(
@@ -123,14 +154,19 @@ def test_plot_draws_results_again(trained, tmp_path):
     ],
 )
 def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):
-    done = run("train.py", *overrides, f"hydra.run.dir={tmp_path}", "threads=1", check=False)
-    assert done.returncode != 0 and message in done.stderr
+    with pytest.raises((ValueError, MissingConfigException), match=re.escape(message)):
+        call("train", tmp_path, *overrides)
     assert not any((tmp_path / name).exists() for name in ("results.json", "checkpoint"))
 
 
+def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
+    done = run("train.py", "env.block_length=7", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 1 and "block_length=7 does not divide gen_length=20" in done.stderr
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
-    done = run("evaluate.py", "checkpoint=nowhere", f"hydra.run.dir={tmp_path}", check=False)
-    assert done.returncode != 0 and "checkpoint='nowhere'" in done.stderr
+    with pytest.raises(ValueError, match="checkpoint='nowhere'"):
+        call("evaluate", tmp_path, "checkpoint=nowhere")
 
 
 def test_every_root_config_composes():
