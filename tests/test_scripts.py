@@ -107,20 +107,29 @@ def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
         call("train", tmp_path / "other", *SMALL, f"resume={half}")
 
 
+def listen_to_interrupts() -> None:
+    """For a child process: background jobs of a shell ignore SIGINT, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SMALL, "rounds=1000", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listen_to_interrupts, **pipes)
+    try:
+        deadline = time.monotonic() + 240  # a guard against hanging, far beyond what it takes
+        while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, "training did not get going"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "interrupted" in out and "Traceback" not in err
     assert not (folder / "results.json").exists()
     assert (folder / "checkpoint" / "trainer.pt").exists()
-    run("watch.py", f"checkpoint={folder}", "fps=1000", f"hydra.run.dir={tmp_path / 'watch'}")
+    call("watch", tmp_path / "watch", f"checkpoint={folder}", "fps=1000")
 
 
 def test_watch_replays_one_decoding(tmp_path):
