@@ -68,9 +68,8 @@ def rollout(
 
     Returns:
         A TensorDict [E, T] with what the policy reads, ``action_mask``, ``action`` int8 [E, T, L],
-        ``action_log_prob`` float32 [E, T] and
-        ``active`` bool [E, T] (False behind an episode's end, where everything is 0), T the longest episode; and the
-        results.
+        ``action_log_prob`` float32 [E, T] and ``active`` bool [E, T] (False behind an episode's end, where everything
+        is 0), T the longest episode; and the results.
     """
     store: dict[str, Tensor] = {}
     shape = (len(examples), env.core.max_steps)
