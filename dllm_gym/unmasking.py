@@ -133,7 +133,7 @@ class Unmasking:
         if self.sampling.top_k > self.dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
         self.examples = self.task.examples(config.split).to_list()
-        self._check_prompt(max(self.examples, key=lambda example: len(self.task.prompt(example))))
+        self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
         self._allocate()
 
     def _allocate(self) -> None:
@@ -290,10 +290,11 @@ class Unmasking:
         score = np.zeros(self.B, np.float32)
         reward = np.zeros(self.B, np.float32)
         if len(done):
-            texts = self.tokens[torch.as_tensor(done, device=self.tokens.device), -self.L :].tolist()
-            for lane, tokens in zip(done, texts, strict=True):
-                text = self.completions[lane] = self.dllm.decode(tokens)
-                score[lane] = self.task.grade(self.examples[self.example[lane]], text)
+            tokens = self.tokens[torch.as_tensor(done, device=self.tokens.device), -self.L :].tolist()
+            texts = [self.dllm.decode(completion) for completion in tokens]
+            score[done] = self.task.grade_all([self.examples[self.example[lane]] for lane in done], texts)
+            for lane, text in zip(done, texts, strict=True):
+                self.completions[lane] = text
             reward[done] = self.reward(torch.from_numpy(score[done]), torch.from_numpy(steps[done]), self.L).numpy()
             self.running[done] = False
         self.outcome = Outcome(terminated, truncated, reward, score, steps, self.example.copy())
@@ -308,7 +309,7 @@ class Unmasking:
         tokens = torch.where(mask, self.proposal[lane], self.tokens[lane, -self.L :]).tolist()
         over = self.outcome if self.outcome and self.outcome.done[lane] and not self.running[lane] else None
         return Frame(
-            prompt="" if index == EMPTY else self.task.prompt(self.examples[index]),
+            prompt="" if index == EMPTY else str(self.task.prompt(self.examples[index])),
             tokens=[END if t == self.dllm.eos_id else self.dllm.token_text(t) for t in tokens],
             masked=mask.cpu().numpy(),
             confidence=torch.where(mask, self.confidence[lane, :, 0], 1.0).cpu().numpy(),

@@ -14,11 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What each part of dllm_gym may import of the others. A new part needs a line here.
-BASE = {"models", "tasks", "rewards", "noise", "render", "dealer"}
+BASE = {"models", "tasks", "rewards", "noise", "render", "dealer", "prompt"}
 MAY_IMPORT = {
     "": set(),
     **dict.fromkeys(BASE, set()),
-    "models": {"noise"},
+    "models": {"noise", "prompt"},
+    "tasks": {"prompt"},
     "unmasking": BASE,
     "vector_env": BASE | {"unmasking"},
     "env": BASE | {"unmasking", "vector_env"},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from dllm_gym.prompt import Chat
 
 Example = Mapping[str, Any]
 
@@ -37,12 +39,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def prompt(self, example: Example) -> str:
-        """The text that the dLLM is shown before the masked completion."""
+    def prompt(self, example: Example) -> str | Chat:
+        """What the dLLM is shown before the masked completion: a text, or a conversation for its chat template."""
 
     @abstractmethod
     def grade(self, example: Example, completion: str) -> float:
         """The score in [0, 1] of a decoded completion. Never raises, whatever the text."""
+
+    def grade_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        """The scores of several completions, in order; tasks whose grading takes long do it in parallel."""
+        return [self.grade(example, completion) for example, completion in zip(examples, completions, strict=True)]
 
 
 class ProceduralTask(Task):
@@ -67,6 +73,9 @@ class ProceduralTask(Task):
             if whole(f"sizes[{split!r}]", size) < 1:
                 raise ValueError(f"sizes[{split!r}]={size!r}: need a whole number of at least 1")
         self._splits: dict[str, Dataset] = {}
+
+    @abstractmethod
+    def prompt(self, example: Example) -> str: ...
 
     @abstractmethod
     def generate(self, rng: random.Random) -> dict[str, Any]:
