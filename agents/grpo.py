@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from agents.advantages import group_advantage
-from agents.losses import Descent, GRPOLoss, pack
+from agents.algorithm import Algorithm, per_step
+from agents.losses import Descent, GRPOLoss, ReferenceKL, Sum, in_chunks, log_likelihood, pack
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
 
-class GRPO:
-    """GRPO as in LUP (arXiv 2512.09106): a step's action is its "token", no KL term, no critic.
+class GRPO(Algorithm):
+    """GRPO as in LUP (arXiv 2512.09106): a step's action is its "token", no critic; the other options are off there.
 
     Args:
         actor: TorchRL actor (``policies.make_actor``), trained in place.
         optimizer: factory, parameters -> optimizer. LUP: AdamW, lr 3e-5, betas (0.9, 0.99), weight decay 0.1.
-        scheduler: factory, optimizer -> scheduler, stepped once per ``update``; None keeps the rate constant.
-        epochs: gradient steps per batch of episodes.
-        clip_epsilon: ratios count within [1 - epsilon, 1 + epsilon]; in (0, 1).
-        max_grad_norm: the gradient is scaled down to this norm.
-        chunk: most steps in one forward (bounds memory only), or None.
+        clip_epsilon: ratios count within [1 - epsilon, 1 + epsilon]; in (0, 1). A pair (low, high) bounds the two
+            sides apart ("clip-higher", DAPO, arXiv 2503.14476); low in (0, 1), high > 0.
+        normalize: divide the advantage by the group's standard deviation (DeepSeekMath's GRPO, arXiv 2402.03300).
+        kl_scale: weight of the KL divergence from the reference policy, which is the actor as it is given here (after a
+            warm start, if there is one); 0 leaves it out.
+        descent: further settings of :class:`~agents.losses.Descent` (``scheduler, epochs, max_grad_norm, chunk``).
 
     Raises:
         ValueError: a setting is out of range.
@@ -38,53 +40,51 @@ class GRPO:
         actor: ProbabilisticActor,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         *,
-        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        epochs: int = 2,
-        clip_epsilon: float = 0.5,
-        max_grad_norm: float = 0.2,
-        chunk: int | None = None,
+        clip_epsilon: float | Sequence[float] = 0.5,
+        normalize: bool = False,
+        kl_scale: float = 0.0,
+        **descent: Any,
     ):
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs} is not valid: gradient steps per batch, >= 1")
-        if not 0 < clip_epsilon < 1:
-            raise ValueError(f"clip_epsilon={clip_epsilon} is not valid: it must be in (0, 1)")
-        self.epochs = epochs
-        self.reads = [*actor.in_keys, "action", "action_log_prob", "active"]
-        loss = GRPOLoss(actor, None, clip_epsilon=clip_epsilon, entropy_bonus=False, functional=False)
-        self.descent = Descent(loss, optimizer, scheduler, max_grad_norm, chunk)
+        if not 0 <= kl_scale < float("inf"):
+            raise ValueError(f"kl_scale={kl_scale} is not valid: a finite weight >= 0")
+        self.normalize = normalize
+        loss: nn.Module = GRPOLoss(
+            actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False
+        )
+        self.reference = copy.deepcopy(actor).requires_grad_(False) if kl_scale else None
+        if self.reference is not None:
+            loss = Sum(loss, ReferenceKL(actor, kl_scale))
+            loss.reference = self.reference  # a part of the loss, so that it is stored with it
+        super().__init__(actor, Descent(loss, optimizer, **descent))
 
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
-        """Learn from one batch of episodes.
+        """See :meth:`Algorithm.update`; ``informative`` is the share of episodes in groups with different rewards.
 
-        Args:
-            batch: [E, T] with the observation, ``action``, ``action_log_prob`` and ``active`` bool.
-            reward: float [E].
-            group: int64 [E], the prompt's group.
-
-        Returns:
-            Metrics of the last gradient step (``loss``, ``clip_fraction``, ``kl_approx``, ``max_ratio``, ``grad_norm``,
-            ..), ``informative`` (share of episodes in groups with different rewards), ``gradient_steps`` and
-            ``learning_rate``. If no group is informative nothing is learnt: ``gradient_steps`` is 0 and the metrics of
-            a gradient step are absent.
+        If no group is informative nothing is learnt, and the metrics of a gradient step are absent.
         """
-        if len(group.unique()) == len(group):
+        if len(group) and len(group.unique()) == len(group):
             raise ValueError("GRPO compares the episodes of one prompt: agent.group_size must be at least 2")
-        advantage, informative = group_advantage(reward, group)
-        batch = batch.select(*self.reads)
-        batch["advantage"] = advantage[:, None, None].expand(*batch.shape, 1)  # (E, T, 1)
-        steps = pack(batch, keep=informative)
-        epochs = self.epochs if len(steps) else 0
-        metrics: dict[str, float] = {}
-        for _ in range(epochs):
-            metrics = self.descent.step(steps)
-        metrics["informative"] = float(informative.float().mean())
-        metrics["gradient_steps"] = float(epochs)
-        metrics["learning_rate"] = self.descent.end_round()
-        return metrics
+        advantage, informative = group_advantage(reward, group, self.normalize)
+        batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
+        batch["advantage"] = per_step(advantage, batch)
+        # Without a KL term a group whose rewards are all equal has no gradient: its steps need no forward.
+        steps = pack(batch, keep=None if self.reference is not None else informative)
+        if self.reference is not None:
+            reference = self.reference
+            steps["reference_log_prob"] = in_chunks(
+                lambda part: log_likelihood(reference, part), steps, self.descent.chunk
+            )
+        return {**self.descent.run(steps), "informative": share(informative)}
 
-    def state_dict(self) -> dict:
-        """Actor, optimizer and schedule: all that a later process needs to go on."""
-        return self.descent.state_dict()
 
-    def load_state_dict(self, state: dict) -> None:
-        self.descent.load_state_dict(state)
+def share(chosen: Tensor) -> float:
+    """The share of episodes bool [E] that are chosen; 0 of none."""
+    return float(chosen.float().sum()) / max(len(chosen), 1)
+
+
+def check_clip(clip_epsilon: float | Sequence[float]) -> float | tuple[float, float]:
+    """``clip_epsilon`` in the form that TorchRL takes; ValueError if it is out of range."""
+    low, high = (clip_epsilon, clip_epsilon) if isinstance(clip_epsilon, int | float) else tuple(clip_epsilon)
+    if not (0 < low < 1 and 0 < high < float("inf")) or (low == high and not high < 1):
+        raise ValueError(f"clip_epsilon={clip_epsilon} is not valid: in (0, 1), or a pair (low in (0, 1), high > 0)")
+    return float(low) if isinstance(clip_epsilon, int | float) else (float(low), float(high))

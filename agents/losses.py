@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import ClipPPOLoss
+
+if TYPE_CHECKING:
+    from torchrl.modules import ProbabilisticActor
 
 
 def pack(batch: TensorDictBase, keep: Tensor | None = None) -> TensorDict:
@@ -62,6 +66,70 @@ class GRPOLoss(EpisodeMean, ClipPPOLoss):
     """
 
 
+class Likelihood(nn.Module):
+    """Weighted log-likelihood of the actions taken: the ``loss_<name>`` of what TorchRL has no loss for.
+
+    (TorchRL's ``BCLoss`` reads an integer action as a class label, which an unmask vector is not.)
+
+    Args:
+        actor: TorchRL actor.
+        name: of the entry that is returned.
+        coefficient: entry of the steps, float [N]: what -log pi(action) is multiplied with; None: 1.
+    """
+
+    def __init__(self, actor: ProbabilisticActor, name: str, coefficient: str | None = None):
+        super().__init__()
+        self.actor, self.name, self.coefficient = actor, name, coefficient
+
+    def forward(self, steps: TensorDictBase) -> TensorDict:
+        loss = -log_likelihood(self.actor, steps)  # (N,)
+        if self.coefficient:
+            loss = loss * steps[self.coefficient]
+        return TensorDict({f"loss_{self.name}": (loss * steps["weight"]).sum()})
+
+
+class ReferenceKL(nn.Module):
+    """``scale`` times KL(pi || reference), estimated from the actions taken by r - log r - 1 with r = reference / pi.
+
+    The estimator is unbiased on actions of the current policy and never negative (Schulman, "Approximating KL
+    divergence", 2020; used by GRPO, arXiv 2402.03300, eq. 4). ``steps`` hold ``reference_log_prob`` float [N].
+    """
+
+    def __init__(self, actor: ProbabilisticActor, scale: float):
+        super().__init__()
+        self.actor, self.scale = actor, scale
+
+    def forward(self, steps: TensorDictBase) -> TensorDict:
+        log_r = steps["reference_log_prob"] - log_likelihood(self.actor, steps)  # (N,)
+        kl = log_r.exp() - log_r - 1
+        return TensorDict({"loss_kl": self.scale * (kl * steps["weight"]).sum(), "kl": kl.detach().mean()})
+
+
+class Sum(nn.Module):
+    """Several losses over the same steps as one."""
+
+    def __init__(self, *losses: nn.Module):
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+
+    def forward(self, steps: TensorDictBase) -> TensorDict:
+        entries: dict[str, Tensor] = {}
+        for loss in self.losses:
+            entries |= dict(loss(steps).items())
+        return TensorDict(entries)
+
+
+def log_likelihood(actor: ProbabilisticActor, steps: TensorDictBase) -> Tensor:
+    """log pi(action | observation) float32 [N] under the actor as it is now."""
+    return actor.get_dist(steps.select(*actor.in_keys)).log_prob(steps["action"])
+
+
+@torch.no_grad()
+def in_chunks(function: Callable[[TensorDictBase], Tensor], steps: TensorDictBase, chunk: int | None) -> Tensor:
+    """``function`` of all steps [N], at most ``chunk`` of them at once, without gradients."""
+    return torch.cat([function(part) for part in steps.split(chunk or max(len(steps), 1))])
+
+
 class Descent:
     """Full-batch gradient steps on a loss over packed steps; what every algorithm does once its loss is defined.
 
@@ -69,29 +137,53 @@ class Descent:
         loss: module of packed steps [N] -> TensorDict whose ``loss_*`` entries add up over parts (``EpisodeMean``).
         optimizer: factory, parameters -> optimizer (in Hydra: ``_partial_: true``).
         scheduler: factory, optimizer -> learning-rate scheduler, or None for a constant rate.
+        epochs: gradient steps per round.
         max_grad_norm: the gradient is scaled down to this norm.
         chunk: most steps in one forward (bounds memory; the gradient is that of the whole), or None.
 
     Raises:
-        ValueError: ``max_grad_norm`` or ``chunk`` is not positive.
+        ValueError: ``epochs``, ``max_grad_norm`` or ``chunk`` is not positive.
     """
 
     def __init__(
         self,
         loss: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        *,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        epochs: int = 1,
         max_grad_norm: float = 0.2,
         chunk: int | None = None,
     ):
+        if epochs < 1:
+            raise ValueError(f"epochs={epochs} is not valid: gradient steps per round, >= 1")
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm} is not valid: it must be > 0")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk} is not valid: steps per forward, >= 1, or null for all at once")
-        self.loss, self.max_grad_norm, self.chunk = loss, max_grad_norm, chunk
+        self.loss, self.epochs, self.max_grad_norm, self.chunk = loss, epochs, max_grad_norm, chunk
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.optimizer = optimizer(self.parameters)
         self.scheduler = scheduler(self.optimizer) if scheduler else None
+
+    def run(
+        self, steps: TensorDictBase, renew: Callable[[TensorDictBase], object] = lambda steps: None
+    ) -> dict[str, float]:
+        """A round: ``epochs`` gradient steps over ``steps`` [N], none if there are no steps.
+
+        Args:
+            renew: called before each gradient step, for entries of ``steps`` that depend on the current parameters.
+
+        Returns:
+            Metrics of the last gradient step (absent if there was none), ``gradient_steps`` and the round's
+            ``learning_rate``.
+        """
+        metrics: dict[str, float] = {}
+        epochs = self.epochs if len(steps) else 0
+        for _ in range(epochs):
+            renew(steps)
+            metrics = self.step(steps)
+        return {**metrics, "gradient_steps": float(epochs), "learning_rate": self.end_round()}
 
     def backward(self, steps: TensorDictBase) -> dict[str, Tensor]:
         """Set the gradient of the summed ``loss_*`` over ``steps`` [N]; returns ``loss`` and the other entries."""

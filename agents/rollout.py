@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from tensordict import TensorDict
+from tensordict import TensorDict, pad
 from torch import Tensor
 
-from agents.policies import PolicyDecider
 from dllm_gym.dealer import EMPTY, check_example
 from dllm_gym.noise import fold, uniform
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
@@ -27,8 +26,8 @@ class Results:
     Attributes:
         reward, score: float32 [E]. nfe: int64 [E]. example: int64 [E].
         completions: E texts.
-        row_forwards: rows that the dLLM computed. empty_steps: share of steps that unmasked nothing.
-        idle_lanes: share of lane-steps without an episode.
+        row_forwards: rows that the dLLM computed. steps: of all episodes. lane_steps: of all lanes, idle ones included.
+        empty_steps: share of steps that unmasked nothing. idle_lanes: share of lane-steps without an episode.
     """
 
     reward: Tensor
@@ -37,6 +36,8 @@ class Results:
     example: Tensor
     completions: list[str]
     row_forwards: int = 0
+    steps: int = 0
+    lane_steps: int = 0
     empty_steps: float = 0.0
     idle_lanes: float = 0.0
 
@@ -61,22 +62,34 @@ def evaluate(env: DLLMUnmaskVectorEnv, decider: Decider, examples: Sequence[int]
     return _play(env, lambda step: decider(step.observation, step.noise), examples, seed)
 
 
+class Player(Protocol):
+    """Who decides in a recorded episode: ``decide(observation, noise) -> action, log-probability``."""
+
+    def decide(self, observation: Mapping[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 def rollout(
-    env: DLLMUnmaskVectorEnv, policy: PolicyDecider, examples: Sequence[int], seed: int = 0
+    env: DLLMUnmaskVectorEnv,
+    player: Player,
+    examples: Sequence[int],
+    seed: int = 0,
+    observes: Sequence[str] | None = None,
 ) -> tuple[TensorDict, Results]:
-    """Decode ``examples`` with a policy and record every step; a group is an example that is listed several times.
+    """Decode ``examples`` with a policy (or an expert) and record every step; a group is an example listed repeatedly.
+
+    Args:
+        observes: observation entries to record; None: all.
 
     Returns:
-        A TensorDict [E, T] with what the policy reads, ``action_mask``, ``action`` int8 [E, T, L],
-        ``action_log_prob`` float32 [E, T] and ``active`` bool [E, T] (False behind an episode's end, where everything
-        is 0), T the longest episode; and the results.
+        A TensorDict [E, T] with these entries, ``action`` [E, T, L], ``action_log_prob`` float32 [E, T] and ``active``
+        bool [E, T] (False behind an episode's end, where everything is 0), T the longest episode; and the results.
     """
     store: dict[str, Tensor] = {}
     shape = (len(examples), env.core.max_steps)
 
     def decide_and_record(step: Step) -> Tensor:
-        action, log_prob = policy.decide(step.observation, step.noise)
-        seen = {name: step.observation[name] for name in (*policy.policy.in_keys, "action_mask")}
+        action, log_prob = player.decide(step.observation, step.noise)
+        seen = {name: step.observation[name] for name in observes or step.observation}
         seen |= {"action": action, "action_log_prob": log_prob, "active": torch.ones_like(log_prob, dtype=torch.bool)}
         for name, value in seen.items():
             if name not in store:
@@ -87,6 +100,55 @@ def rollout(
     results = _play(env, decide_and_record, examples, seed)
     longest = int(results.nfe.max())
     return TensorDict({name: value[:, :longest] for name, value in store.items()}, (shape[0], longest)), results
+
+
+@dataclass
+class Episodes:
+    """What an algorithm learns from: E recorded episodes.
+
+    Attributes:
+        batch: [E, T] as ``rollout`` returns it, and ``expert`` bool [E, T].
+        reward: float32 [E]. group: int64 [E], equal for episodes of one prompt.
+        results: of every episode that the first player played for it, those that were dropped since among them.
+    """
+
+    batch: TensorDict
+    reward: Tensor
+    group: Tensor
+    results: list[Results]
+
+    def keep(self, episodes: Tensor) -> Episodes:
+        """The episodes where ``episodes`` bool [E] is set."""
+        return Episodes(self.batch[episodes], self.reward[episodes], self.group[episodes], self.results)
+
+
+def join(parts: Sequence[Episodes]) -> Episodes:
+    """Several sets of episodes as one; their groups stay apart unless their ids are equal."""
+    longest = max(part.batch.shape[1] for part in parts)
+    return Episodes(
+        torch.cat([pad(part.batch, [0, 0, 0, longest - part.batch.shape[1]]) for part in parts]),
+        torch.cat([part.reward for part in parts]),
+        torch.cat([part.group for part in parts]),
+        [results for part in parts for results in part.results],
+    )
+
+
+def play_groups(
+    env: DLLMUnmaskVectorEnv,
+    players: Sequence[tuple[Player, int]],
+    prompts: Sequence[int],
+    seed: int,
+    observes: Sequence[str] | None = None,
+) -> Episodes:
+    """Let every player decode every prompt as often as it is listed with; group i holds all episodes of prompt i."""
+    parts = []
+    for number, (player, count) in enumerate(players):
+        own_seed = int(np.random.default_rng([seed, number]).integers(1 << 31))
+        batch, results = rollout(env, player, np.repeat(prompts, count), own_seed, observes)
+        batch["expert"] = torch.full(batch.shape, number > 0, device=env.device)
+        group = torch.arange(len(prompts), device=env.device).repeat_interleave(count)
+        parts.append(Episodes(batch, results.reward, group, [results] if number == 0 else []))
+    return join(parts)
 
 
 def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: Sequence[int], seed: int) -> Results:
@@ -128,6 +190,7 @@ def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: 
                 episode[lane] = next(waiting, EMPTY)
                 time[lane] = 0
     results.row_forwards = env.core.row_forwards - forwards
+    results.steps, results.lane_steps = steps, lane_steps
     results.empty_steps = float(empty) / max(steps, 1)
     results.idle_lanes = 1 - steps / max(lane_steps, 1)
     return results

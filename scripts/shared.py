@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Decider, evaluate
+from agents.training import CHECKPOINT
+from dllm_gym.models import load_dllm
 from dllm_gym.models.load import check_device
 from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
-CHECKPOINT = "checkpoint"  # folder of a run that holds the policy and the trainer's state
 CONFIG = "config.yaml"  # a run's resolved configuration
+COUNTS = ("top_k", "kl")  # the environment's settings that count something; the other observation settings are flags
 
 
 def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
@@ -37,18 +39,33 @@ def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
 
 
 def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
-    """The vector environment of a configuration; ``settings`` are num_envs, split and top_k."""
+    """The vector environment of a configuration; ``settings`` are num_envs, split and what the deciders need."""
     groups = {**cfg.model, **cfg.env, **cfg.reward}
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
     return gym.make_vec("DLLMUnmask-v0", task=task, device=device, **groups, **settings)
 
 
+def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
+    """The policy network of a configuration; ``hidden_size: null`` is the dLLM's own width."""
+    if "hidden_size" in cfg.policy and cfg.policy.hidden_size is None:
+        cfg.policy.hidden_size = load_dllm(**cfg.model, device=device).hidden_size
+    return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
+
+
+def requirements(deciders: Iterable[Any]) -> dict[str, int]:
+    """The least settings of an environment that all of these deciders can read: the largest of each."""
+    needs: dict[str, int] = {}
+    for decider in deciders:
+        for name, least in getattr(decider, "requires", {}).items():
+            needs[name] = max(needs.get(name, 0), int(least))
+    return {name: least if name in COUNTS else bool(least) for name, least in needs.items()}
+
+
 def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
     """The environment of the evaluation, in which every decider has been tried once: what does not fit fails now."""
     settings = cfg.evaluation
-    policies = (decider.policy for decider in deciders.values() if isinstance(decider, PolicyDecider))
-    top_k = max(settings.top_k, *(policy.top_k for policy in policies), 1)
-    envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, top_k=top_k)
+    needs = requirements(deciders.values())
+    envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
     if not 1 <= settings.examples <= len(envs.core.examples):
         raise ValueError(
             f"evaluation.examples={settings.examples}: split {settings.split!r} has {len(envs.core.examples)} examples"

@@ -1,147 +1,96 @@
 """Train an unmasking policy, then evaluate it beside every heuristic.
 
     python scripts/train.py agent=grpo
-    python scripts/train.py -m agent=grpo reward.alpha=0.3,1,3 seed=0,1,2
+    python scripts/train.py -m agent=grpo,upo,ppo reward.alpha=0.3,1,3 seed=0,1,2
 
 The run folder (outputs/train/...) gets config.yaml, metrics.csv, checkpoint/ and results.{json,csv,png}.
 """
 
 from __future__ import annotations
 
-import csv
-import shutil
+import copy
 import sys
-from collections.abc import Mapping
+import time
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import hydra
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from shared import CHECKPOINT, heuristics, make_envs, make_evaluation_envs, policy_deciders, prepare, report
+from shared import (
+    heuristics,
+    load_policy,
+    make_envs,
+    make_evaluation_envs,
+    make_policy,
+    policy_deciders,
+    prepare,
+    report,
+    requirements,
+)
 from tqdm import tqdm
 
-from agents.policies import PolicyDecider, make_actor
-from agents.rollout import Results, rollout
+from agents.algorithm import Algorithm
+from agents.policies import Policy, PolicyDecider, make_actor
+from agents.training import Collector, Metrics, Prompts, resume, save_checkpoint
 from dllm_gym.unmasking import positive
+from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 
-def prompts_of_round(round_: int, count: int, total: int, seed: int) -> np.ndarray:
-    """Indices [count] of a round's prompts: passes over shuffled examples, the same whenever they are asked for."""
-    positions = np.arange(round_ * count, (round_ + 1) * count)
-    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(total) for epoch in set(positions // total)}
-    return np.array([shuffled[p // total][p % total] for p in positions])
-
-
-def save_checkpoint(run: Path, policy: torch.nn.Module, algorithm: Any, round_: int) -> None:
-    """Replace the run's checkpoint; a crash on the way leaves the one before."""
-    new, old = run / f"{CHECKPOINT}.new", run / f"{CHECKPOINT}.old"
-    shutil.rmtree(new, ignore_errors=True)
-    policy.save_pretrained(new / "policy")
-    torch.save({"round": round_, "algorithm": algorithm.state_dict()}, new / "trainer.pt")
-    if (run / CHECKPOINT).exists():
-        shutil.rmtree(old, ignore_errors=True)
-        (run / CHECKPOINT).rename(old)
-    new.rename(run / CHECKPOINT)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def resume(folder: str | None, algorithm: Any, device: torch.device) -> int:
-    """Load the state of a run; returns the number of rounds it has done."""
-    if folder is None:
-        return 0
-    path = Path(folder) / CHECKPOINT / "trainer.pt"
-    if not path.is_file():
-        raise ValueError(f"resume={folder!r}: {path} does not exist; give a run folder of scripts/train.py")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        algorithm.load_state_dict(state["algorithm"])
-    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise ValueError(
-            f"resume={folder!r}: its state does not fit the policy and agent of this run: {error}"
-        ) from error
-    return state["round"]
-
-
-class Metrics:
-    """Metrics of every round: a line of metrics.csv, the progress bar, and the logger if there is one."""
-
-    def __init__(self, path: Path, start: int, bar: tqdm, logger: Any):
-        self.path, self.bar, self.logger = path, bar, logger
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():  # a run that goes on in its own folder
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["round"]) < start]
-        self._write(self.rows, "w")
-
-    def log(self, round_: int, results: Results, update: Mapping[str, float]) -> None:
-        """Add a round; ``update`` holds the algorithm's own metrics."""
-        rollout_metrics = {
-            "reward": float(results.reward.mean()),
-            "accuracy": float(results.score.mean()),
-            "nfe": float(results.nfe.float().mean()),
-            "empty_steps": results.empty_steps,
-            "idle_lanes": results.idle_lanes,
-        }
-        row = {"round": round_, **rollout_metrics, **update}
-        known = self.columns()
-        self.rows.append(row)
-        self._write(*(([row], "a") if known == self.columns() else (self.rows, "w")))
-        self.bar.set_postfix({k: f"{rollout_metrics[k]:.3f}" for k in ("reward", "accuracy", "nfe")})
-        for name, value in row.items() if self.logger else ():
-            self.logger.log_scalar(name, value, step=round_)
-
-    def columns(self) -> list[str]:
-        """Every metric that some round had (rounds without a gradient step have fewer)."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
-
-    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self.columns())
-            if mode == "w" and rows:
-                writer.writeheader()
-            writer.writerows(rows)
-
-
-def train(cfg: DictConfig, run: Path, envs: Any, policy: torch.nn.Module) -> bool:
-    """The training loop: roll out, update, log, save. Returns False if the user broke it off (with a checkpoint)."""
+def make_algorithm(cfg: DictConfig, policy: Policy) -> tuple[Algorithm, PolicyDecider]:
+    """The algorithm, and the policy as it plays while it learns."""
     distribution = hydra.utils.instantiate(cfg.distribution)
     actor = make_actor(policy, distribution.train, distribution.temperature)
     algorithm = hydra.utils.instantiate(cfg.agent.algorithm, _convert_="all")(actor)
-    behaviour = PolicyDecider(policy, distribution.train, distribution.temperature)
+    return algorithm, PolicyDecider(policy, distribution.train, distribution.temperature)
+
+
+def train(cfg: DictConfig, run: Path, envs: DLLMUnmaskVectorEnv, policy: Policy) -> bool:
+    """The training loop: roll out, update, log, save. Returns False if the user broke it off (with a checkpoint)."""
+    algorithm, behaviour = make_algorithm(cfg, policy)
+    progress = resume(cfg.resume, algorithm, envs.device)
+    prompts = Prompts(len(envs.core.examples), cfg.seed, progress["prompts"])
+    counts = {name: cfg.agent[name] for name in ("group_size", "max_batches")}
+    collector = Collector(envs, prompts, cfg.seed, cfg.prompts_per_round, **counts)
     logger = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
-    start = resume(cfg.resume, algorithm, envs.device)
-    done = start
-    with tqdm(total=cfg.rounds, initial=start, desc="training", unit="round") as bar:
-        metrics = Metrics(run / "metrics.csv", start, bar, logger)
+    with tqdm(total=cfg.rounds, initial=progress["rounds"], desc="training", unit="round") as bar:
+        metrics = Metrics(run / "metrics.csv", progress["rounds"], bar, logger)
         try:
-            for round_ in range(start, cfg.rounds):
-                prompts = prompts_of_round(round_, cfg.prompts_per_round, len(envs.core.examples), cfg.seed)
-                group = torch.arange(len(prompts), device=envs.device).repeat_interleave(cfg.agent.group_size)
-                examples = prompts.repeat(cfg.agent.group_size)
-                seed = int(np.random.default_rng([cfg.seed, round_]).integers(1 << 31))
-                batch, results = rollout(envs, behaviour, examples, seed)
-                update = algorithm.update(batch, results.reward, group)
-                metrics.log(round_, results, update)
+            for round_ in range(progress["rounds"], cfg.rounds):
+                start = time.perf_counter()
+                episodes = collector.collect(algorithm, behaviour)
+                update = algorithm.update(episodes.batch, episodes.reward, episodes.group)
+                metrics.log(round_, episodes.results, {**update, "seconds": time.perf_counter() - start})
                 bar.update()
-                done = round_ + 1
-                if done % cfg.checkpoint_every == 0:
-                    save_checkpoint(run, policy, algorithm, done)
+                progress = {"rounds": round_ + 1, "prompts": prompts.taken}
+                if progress["rounds"] % cfg.checkpoint_every == 0:
+                    save_checkpoint(run, policy, algorithm, progress)
         except KeyboardInterrupt:
-            save_checkpoint(run, policy, algorithm, done)
+            save_checkpoint(run, policy, algorithm, progress)
             return False
-    save_checkpoint(run, policy, algorithm, done)
+    save_checkpoint(run, policy, algorithm, progress)
     return True
+
+
+def warm_start(cfg: DictConfig, policy: Policy) -> None:
+    """Begin from the policy of another run (of agent=imitation, say)."""
+    if cfg.agent.warm_start is None:
+        return
+    trained, _ = load_policy(cfg.agent.warm_start)
+    if type(trained) is not type(policy) or trained.settings != policy.settings:
+        raise ValueError(
+            f"agent.warm_start={cfg.agent.warm_start!r}: its policy is {type(trained).__name__}({trained.settings}), "
+            f"this run's {type(policy).__name__}({policy.settings})"
+        )
+    policy.load_state_dict(trained.state_dict())
 
 
 def check_settings(cfg: DictConfig) -> None:
     """ValueError for a count that is none, before any work."""
     for name in ("rounds", "prompts_per_round", "num_envs", "checkpoint_every"):
         positive(name, cfg[name])
-    positive("agent.group_size", cfg.agent.group_size)
+    for name in ("group_size", "max_batches"):
+        positive(f"agent.{name}", cfg.agent[name])
     positive("evaluation.num_envs", cfg.evaluation.num_envs)
 
 
@@ -151,8 +100,10 @@ def main(cfg: DictConfig) -> float:
     console = Console()
     run, device = prepare(cfg)
     torch.manual_seed(cfg.seed)
-    policy = hydra.utils.instantiate(cfg.policy).to(device)
-    envs = make_envs(cfg, device, num_envs=cfg.num_envs, split="train", top_k=policy.top_k)
+    policy = make_policy(cfg, device)
+    warm_start(cfg, policy)
+    make_algorithm(cfg, copy.deepcopy(policy))  # a combination that makes no sense is named now
+    envs = make_envs(cfg, device, num_envs=cfg.num_envs, split="train", **requirements([policy]))
     deciders = {**policy_deciders(policy, cfg.distribution), **heuristics(cfg)}
     test_envs = make_evaluation_envs(cfg, device, deciders)
     for stale in run.glob("results.*"):  # of an earlier run in the same folder

@@ -1,0 +1,89 @@
+"""What A2C and PPO share: a critic on the policy's own trunk, advantages by GAE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from agents.advantages import generalized_advantage
+from agents.algorithm import Algorithm
+from agents.losses import Descent, in_chunks, pack
+
+if TYPE_CHECKING:
+    from torchrl.modules import ProbabilisticActor
+
+    from agents.policies import Policy
+
+
+class Critic(nn.Module):
+    """State value on a policy's trunk: the mean of its features over the completion, then a small network.
+
+    Args:
+        policy: its ``features`` are shared, not copied; its ``head`` is not used.
+    """
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy = policy
+        self.value = nn.Sequential(nn.Linear(policy.width, policy.width), nn.GELU(), nn.Linear(policy.width, 1))
+        self.value.to(policy.head.weight)
+
+    def forward(self, *observation: Tensor) -> Tensor:
+        """Value float32 [.., 1] of the observation entries that the policy reads."""
+        return self.value(self.policy.features(*observation).mean(-2)).float()
+
+
+def make_critic(actor: ProbabilisticActor) -> TensorDictModule:
+    """The critic of an actor made by ``policies.make_actor``: observation TensorDict -> ``state_value``."""
+    policy = actor[0].module
+    return TensorDictModule(Critic(policy), in_keys=list(policy.in_keys), out_keys=["state_value"])
+
+
+class ActorCritic(Algorithm):
+    """Advantages and value targets from the critic, then gradient steps.
+
+    Args:
+        actor: trained in place. critic: as ``make_critic`` makes it. descent: along a loss of both.
+        gamma: discount per step, in [0, 1]; at 1 only the reward function says what time costs.
+        lmbda: of GAE, in [0, 1].
+        normalize: shift and scale the advantages of a round to mean 0 and standard deviation 1.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        actor: ProbabilisticActor,
+        critic: TensorDictModule,
+        descent: Descent,
+        *,
+        gamma: float,
+        lmbda: float,
+        normalize: bool,
+    ):
+        for name, value in (("gamma", gamma), ("lmbda", lmbda)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} is not valid: it must be in [0, 1]")
+        super().__init__(actor, descent)
+        self.critic, self.gamma, self.lmbda, self.normalize = critic, gamma, lmbda, normalize
+
+    def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
+        """See :meth:`Algorithm.update`; ``explained_variance`` says how much of the returns the critic foresaw."""
+        active = batch["active"]  # (E, T)
+        batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
+        value = reward.new_zeros(active.shape)
+        value[active] = in_chunks(self._value, batch.exclude("active")[active], self.descent.chunk)
+        advantage, target = generalized_advantage(value, reward, active, self.gamma, self.lmbda)
+        surprise = advantage[active].var(correction=0) / target[active].var(correction=0).clamp_min(1e-8)
+        if self.normalize:
+            seen = advantage[active]
+            advantage = (advantage - seen.mean()) / (seen.std(correction=0) + 1e-8)
+        batch = batch.set("advantage", advantage).set("value_target", target)
+        return {**self.descent.run(pack(batch)), "explained_variance": 1 - float(surprise)}
+
+    def _value(self, steps: TensorDictBase) -> Tensor:
+        return self.critic(steps.select(*self.critic.in_keys))["state_value"].squeeze(-1)  # (N,)

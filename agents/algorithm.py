@@ -1,0 +1,62 @@
+"""What the training loop needs of an algorithm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from agents.losses import Descent
+
+if TYPE_CHECKING:
+    from torchrl.modules import ProbabilisticActor
+
+    from agents.policies import PolicyDecider
+    from agents.rollout import Player
+
+
+class Algorithm:
+    """Learns from rounds of episodes; subclasses define the loss and ``update``.
+
+    Args:
+        actor: TorchRL actor (``policies.make_actor``), trained in place.
+        descent: gradient steps along the algorithm's loss.
+        also: observation entries that the algorithm reads and the actor does not.
+
+    Attributes:
+        observes: observation entries that rollouts have to record.
+    """
+
+    def __init__(self, actor: ProbabilisticActor, descent: Descent, also: tuple[str, ...] = ()):
+        self.actor, self.descent = actor, descent
+        self.observes = list(dict.fromkeys([*actor.in_keys, *also]))
+
+    def players(self, policy: PolicyDecider, group_size: int) -> list[tuple[Player, int]]:
+        """Who plays the round's episodes, and how many of each prompt: by default the policy, ``group_size`` times."""
+        return [(policy, group_size)]
+
+    def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
+        """Learn from one round of episodes.
+
+        Args:
+            batch: [E, T] with the entries of ``observes``, ``action``, ``action_log_prob`` float, ``active`` bool
+                (False behind an episode's end) and ``expert`` bool (played by another than the policy).
+            reward: float [E]. group: int64 [E], equal for episodes of one prompt.
+
+        Returns:
+            Metrics, those of ``Descent.run`` among them.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """Parameters, optimizer and schedule: all that a later process needs to go on."""
+        return self.descent.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.descent.load_state_dict(state)
+
+
+def per_step(value: Tensor, batch: TensorDictBase) -> Tensor:
+    """A value per episode [E] as TorchRL wants advantages: [E, T, 1]."""
+    return value[:, None, None].expand(*batch.shape, 1)

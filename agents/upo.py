@@ -1,0 +1,188 @@
+"""Unmasking policy optimisation (UPO, arXiv 2510.05725): GRPO over single positions, held near a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from agents.advantages import group_advantage
+from agents.algorithm import Algorithm, per_step
+from agents.distributions import OnePosition
+from agents.grpo import check_clip, share
+from agents.heuristics import first_k
+from agents.losses import Descent, GRPOLoss, Likelihood, Sum, in_chunks, log_likelihood, pack
+
+if TYPE_CHECKING:
+    from torchrl.modules import ProbabilisticActor
+
+    from agents.policies import Policy
+
+
+class Reference:
+    """One of the paper's realizations of the reference policy: what ``loss_reference`` pulls towards."""
+
+    def check(self, policy: Policy) -> None:
+        """ValueError if the policy cannot be regularised this way."""
+
+    def loss(self, actor: ProbabilisticActor) -> nn.Module:
+        """Module of packed steps -> ``loss_reference``."""
+        raise NotImplementedError
+
+    def renew(self, steps: TensorDictBase, log_prob: Tensor) -> None:
+        """Prepare a gradient step; ``log_prob`` float [N] is that of the actions under the current policy."""
+
+
+class MaxConfidence(Reference):
+    """Realization 1: cross-entropy towards the most confident position, -log pi(argmax confidence).
+
+    The paper starts it from a policy that imitates that rule: ``agent.warm_start=`` a run of ``agent=imitation
+    agent/expert=max_confidence distribution=one_position``.
+    """
+
+    def loss(self, actor: ProbabilisticActor) -> nn.Module:
+        return TowardsMaxConfidence(actor)
+
+
+class TowardsMaxConfidence(nn.Module):
+    """The likelihood loss of what the max-confidence rule would have done in each step."""
+
+    def __init__(self, actor: ProbabilisticActor):
+        super().__init__()
+        self.likelihood = Likelihood(actor, "reference")
+
+    def forward(self, steps: TensorDictBase) -> TensorDict:
+        legal = steps["action_mask"] != 0
+        target = first_k(steps["confidence"][..., 0], legal, 1).to(torch.int8)  # (N, L)
+        return self.likelihood(steps.copy().set("action", target))
+
+
+class Divergence(Reference):
+    """KL divergence of the policy's trajectories from a reference's, by its score-function gradient.
+
+    With log pi and log ref summed over an episode's steps, the gradient is that of
+    clamp(pi / pi_old, 0.5, 2) * (1 + log pi - log ref) * log pi with everything before the last factor held fixed.
+    """
+
+    def log_prob(self, steps: TensorDictBase) -> Tensor:
+        """Float [N], of the actions under the reference."""
+        raise NotImplementedError
+
+    def loss(self, actor: ProbabilisticActor) -> nn.Module:
+        return Likelihood(actor, "reference", coefficient="divergence")
+
+    def renew(self, steps: TensorDictBase, log_prob: Tensor) -> None:
+        columns = torch.stack([log_prob, steps["action_log_prob"], self.log_prob(steps)], -1)  # (N, 3)
+        episodes = int(steps["episode"].max()) + 1
+        sums = columns.new_zeros(episodes, 3).index_add_(0, steps["episode"], columns)  # (E, 3)
+        now, old, reference = sums.unbind(-1)
+        coefficient = (now - old).exp().clamp(0.5, 2) * (1 + now - reference)  # (E,)
+        steps["divergence"] = -coefficient[steps["episode"]]  # the likelihood loss is minus log pi
+
+
+class Softmax(Divergence):
+    """Realization 2: softmax of the confidences over the legal positions.
+
+    Args:
+        temperature: of the softmax; 0.05 in the paper.
+    """
+
+    def __init__(self, temperature: float = 0.05):
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} is not valid for the softmax reference: it must be > 0")
+        self.temperature = temperature
+
+    def log_prob(self, steps: TensorDictBase) -> Tensor:
+        return OnePosition(steps["confidence"][..., 0], steps["action_mask"], self.temperature).log_prob(
+            steps["action"]
+        )
+
+
+class TopK(Divergence):
+    """Realization 3: uniform over the K most confident legal positions, the only ones that the policy may choose.
+
+    Args:
+        k: K; 5 in the paper. The policy needs ``candidates`` = K (``policy.candidates=5``).
+    """
+
+    def __init__(self, k: int = 5):
+        if k < 2:
+            raise ValueError(f"k={k} is not valid for the top-K reference: positions to choose among, >= 2")
+        self.k = k
+
+    def check(self, policy: Policy) -> None:
+        if policy.candidates != self.k:
+            raise ValueError(
+                f"the top-K reference with k={self.k} is uniform over the policy's own candidates, "
+                f"but policy.candidates={policy.candidates}: set policy.candidates={self.k}"
+            )
+
+    def log_prob(self, steps: TensorDictBase) -> Tensor:
+        return -(steps["action_mask"] != 0).sum(-1).clamp(1, self.k).log()
+
+
+class UPO(Algorithm):
+    """Clipped ratios summed over an episode's steps plus ``beta`` times a reference realization.
+
+    Args:
+        actor: TorchRL actor over ``OnePosition``, trained in place. optimizer: factory, parameters -> optimizer.
+        reference: :class:`MaxConfidence`, :class:`Softmax` or :class:`TopK`.
+        beta: weight of the reference; 1e-4 in the paper.
+        clip_epsilon, normalize: as in :class:`~agents.grpo.GRPO`.
+        descent: further settings of :class:`~agents.losses.Descent` (``scheduler, epochs, max_grad_norm, chunk``);
+            the paper takes 16 epochs.
+
+    Raises:
+        ValueError: a setting is out of range, or the policy or its distribution does not fit.
+    """
+
+    def __init__(
+        self,
+        actor: ProbabilisticActor,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        *,
+        reference: Reference,
+        beta: float = 1e-4,
+        clip_epsilon: float | Sequence[float] = 0.5,
+        normalize: bool = True,
+        **descent: Any,
+    ):
+        if not issubclass(actor[-1].distribution_class, OnePosition):
+            raise ValueError("UPO chooses one position per step: use distribution=one_position")
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta={beta} is not valid: a finite weight >= 0")
+        reference.check(actor[0].module)
+        self.reference, self.beta, self.normalize = reference, beta, normalize
+        clipped = GRPOLoss(actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False)
+        loss = Sum(clipped, Scaled(reference.loss(actor), beta)) if beta else clipped
+        super().__init__(actor, Descent(loss, optimizer, **descent), also=("confidence",))
+
+    def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
+        """See :meth:`Algorithm.update`; ``informative`` is the share of episodes in groups with different rewards."""
+        advantage, informative = group_advantage(reward, group, self.normalize)
+        batch = batch.select(*self.observes, "action", "action_log_prob", "active")
+        batch["advantage"] = per_step(advantage, batch)
+        batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
+        steps = pack(batch)
+        steps["weight"] = torch.full_like(steps["weight"], 1 / len(reward))  # a sum over steps, a mean over episodes
+        metrics = self.descent.run(steps, self._renew)
+        return {**metrics, "informative": share(informative)}
+
+    def _renew(self, steps: TensorDictBase) -> None:
+        now = in_chunks(lambda part: log_likelihood(self.actor, part), steps, self.descent.chunk)
+        self.reference.renew(steps, now)
+
+
+class Scaled(nn.Module):
+    """A loss times a constant."""
+
+    def __init__(self, loss: nn.Module, scale: float):
+        super().__init__()
+        self.loss, self.scale = loss, scale
+
+    def forward(self, steps: TensorDictBase) -> TensorDict:
+        return self.loss(steps) * self.scale
