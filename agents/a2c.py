@@ -54,7 +54,7 @@ class A2C(ActorCritic):
             critic,
             critic_coeff=critic_scale,
             loss_critic_type="l2",
-            **entropy_settings(entropy_scale),
+            **entropy_settings(entropy_scale, actor),
             functional=False,
         )
         super().__init__(

@@ -1,8 +1,8 @@
 """Distributions over unmask vectors: which of L positions are committed in one step.
 
 All are built as ``Dist(logits [.., L], action_mask [.., L], temperature=1.0)``, compute in float32 whatever the logits'
-dtype, and emit int8 actions [.., L] with bits inside ``action_mask`` only. A row without a legal position has one
-outcome, the zero action: log-probability 0, entropy 0.
+dtype, and emit integer actions [.., L] (int8; int16 ranks if ``ordered``), non-zero inside ``action_mask`` only. A row
+without a legal position has one outcome, the zero action: log-probability 0, entropy 0.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ _SMALL = -15.0  # below it log(1 + e^x) = e^x and 1 - exp(-e^x) = e^x to float32
 class UnmaskDistribution(Distribution):
     """Base of the distributions over unmask vectors.
 
+    Attributes:
+        ordered: whether an action holds ranks (0 = not picked, 1 = first pick, ..) instead of bits.
+
     Args:
         logits: [.., L], any floating dtype.
         action_mask: [.., L], 1 or True where a position may be unmasked. Broadcasts against ``logits``.
@@ -36,6 +39,7 @@ class UnmaskDistribution(Distribution):
         "action_mask": constraints.independent(constraints.boolean, 1),
     }
     support = constraints.independent(constraints.boolean, 1)
+    ordered: ClassVar[bool] = False
 
     def __init__(self, logits: Tensor, action_mask: Tensor, temperature: float = 1.0):
         if not temperature > 0:
@@ -48,18 +52,38 @@ class UnmaskDistribution(Distribution):
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """The action int8 [.., L] that uniform ``noise`` [.., L] in (0, 1) selects; exact if the noise is uniform."""
+        """The action [.., L] selected by ``noise`` float32 [.., L] in (0, 1); an exact draw if that is uniform."""
         raise NotImplementedError
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """An action int8 [*sample_shape, .., L] from torch's global generator."""
+        """An action [*sample_shape, .., L] from torch's global generator."""
         return self.from_noise(torch.rand(self._extended_shape(sample_shape), device=self.logits.device))
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The greedy action int8 [.., L]."""
+        """The greedy action [.., L]."""
         return self.mode
+
+    def _picked(self, action: Tensor) -> Tensor:
+        return (action != 0) & self.action_mask
+
+    def _top(self) -> Tensor:
+        """bool [.., L]: the legal position of the highest logit, the leftmost of equals."""
+        return self._one_hot(self.logits.argmax(-1, keepdim=True))
+
+    def _one_hot(self, index: Tensor) -> Tensor:
+        """bool [.., L]: where position = ``index`` [.., 1] and legal."""
+        return (torch.arange(self.logits.shape[-1], device=index.device) == index) & self.action_mask
+
+    def _log_arrivals(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of exponential draws E [.., L], and of the arrival times E / e^logit on a clock of the fastest's rate.
+
+        The position that arrives first is a draw from softmax(logits), and the order of arrival one from Plackett-Luce.
+        """
+        noise = noise.float().clamp(2.0**-25, 1 - 2.0**-24)  # torch.rand may return 0
+        log_unit = (-torch.log1p(-noise)).log()
+        return log_unit, log_unit - (self.logits - self.logits.amax(-1, keepdim=True))
 
 
 class MaskedBernoulli(UnmaskDistribution):
@@ -84,17 +108,9 @@ class MaskedBernoulli(UnmaskDistribution):
     def mode(self) -> Tensor:
         return (self.logits > 0).to(torch.int8)
 
-    def _picked(self, action: Tensor) -> Tensor:
-        return (action != 0) & self.action_mask
-
     def _binary_entropy(self) -> Tensor:
         distance = self.logits.abs()
         return F.softplus(-distance) + distance * torch.sigmoid(-distance)  # (.., L)
-
-    def _top(self) -> Tensor:
-        """bool [.., L]: the legal position of the highest logit, the leftmost of equals."""
-        position = torch.arange(self.logits.shape[-1], device=self.logits.device)
-        return (position == self.logits.argmax(-1, keepdim=True)) & self.action_mask
 
     def _above_half_or_top(self) -> Tensor:
         above = self.logits > 0
@@ -208,3 +224,119 @@ class ZeroTruncatedBernoulli(MaskedBernoulli):
 
     def _log_z(self) -> Tensor:
         return self._log_any(self._log_hazard.logsumexp(-1, keepdim=True)).squeeze(-1)  # (..)
+
+
+class OnePosition(UnmaskDistribution):
+    """Exactly one legal position, from softmax(logits / temperature) (UPO, arXiv 2510.05725).
+
+    >>> OnePosition(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 1, 0])).mode
+    tensor([0, 1, 0], dtype=torch.int8)
+    """
+
+    @torch.no_grad()
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The position int8 [.., L] that arrives first in an exponential race (equal to the Gumbel-max draw)."""
+        _, log_arrival = self._log_arrivals(noise)
+        return self._one_hot(log_arrival.argmin(-1, keepdim=True)).to(torch.int8)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-probability float32 [..] of ``action`` [.., L]; bits outside the action mask are ignored.
+
+        -inf for none or several positions.
+        """
+        picked = self._picked(action)
+        log_prob = torch.where(picked, self.logits.log_softmax(-1), 0.0).sum(-1)
+        return torch.where(self.action_mask.any(-1), log_prob.masked_fill(picked.sum(-1) != 1, -torch.inf), 0.0)
+
+    def entropy(self) -> Tensor:
+        log_p = self.logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)  # where p = 0, log p is finite
+        return torch.where(self.action_mask.any(-1), entropy, 0.0)
+
+    @property
+    def mode(self) -> Tensor:
+        return self._top().to(torch.int8)
+
+
+class DynamicPlackettLuce(UnmaskDistribution):
+    """Positions one after the other until a STOP item comes up (LUP's ``dpls``, arXiv 2512.09106).
+
+    The first pick is from softmax(logits) over the legal positions. Each further one is from the softmax over the legal
+    positions that are left and STOP, whose logit is 0 (at any temperature). STOP, or nothing left, ends the draw. An
+    action holds ranks, int16 [.., L]: 0 = not picked, 1 = first pick, 2 = second, ..
+
+    ``entropy`` has no closed form and raises NotImplementedError; TorchRL's losses then estimate its value from samples
+    (such an estimate has no useful gradient: it does not follow how the probability of the samples changes).
+
+    Precision: float32 resolves a logit of size x to 1e-7 x, so beyond 1e5 differences below 0.01 are lost. Noise has 23
+    or 24 bits: draws follow the likelihood up to an absolute error of about 1e-7 times the number of legal positions.
+
+    Raises:
+        ValueError: as the base, or more than 32,767 positions (ranks are int16).
+
+    >>> DynamicPlackettLuce(torch.tensor([1.0, -2.0, 3.0, 9.0]), torch.tensor([1, 1, 1, 0])).mode
+    tensor([2, 0, 1, 0], dtype=torch.int16)
+    """
+
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+    ordered: ClassVar[bool] = True
+
+    def __init__(self, logits: Tensor, action_mask: Tensor, temperature: float = 1.0):
+        super().__init__(logits, action_mask, temperature)
+        length, most = self.logits.shape[-1], torch.iinfo(torch.int16).max
+        if length > most:
+            raise ValueError(f"logits of {length} positions are not valid: ranks are int16, at most {most} positions")
+
+    @torch.no_grad()
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Ranks int16 [.., L] from one uniform per position, STOP's share included.
+
+        Let position i arrive at time t_i = E_i / r_i with E_i standard exponential and r_i = e^logit. The order of
+        arrival is Plackett-Luce, and the winner is from softmax(logits). With R the sum of all rates, the time t of the
+        first arrival is exponential with rate R and independent of who wins; the later waiting times t_i - t are fresh
+        exponentials with rates r_i, independent of both (no memory). So R t is a standard exponential that nothing else
+        depends on: it is STOP's own waiting time after the first pick, rate e^0 = 1. Position i is hence picked if
+        t_i - t < R t, or log t_i < log t + log(1 + R).
+        """
+        top = self.logits.amax(-1, keepdim=True)
+        log_unit, log_arrival = self._log_arrivals(noise)  # on a clock of rate e^top
+        excess = (self.logits - top).logsumexp(-1, keepdim=True)  # log R = top + excess
+        # Where top > 0 STOP is compared on the plain clock, so that logits near STOP's keep their digits next to a huge
+        # one: log t + log(1 + R) = (log t + top) + excess + log(1 + 1 / R).
+        patience = torch.where(top > 0, excess + F.softplus(-top - excess), F.softplus(top + excess))
+        before_stop = log_unit - (self.logits - top.clamp_max(0)) < log_arrival.amin(-1, keepdim=True) + patience
+        return self._ranks(log_arrival, (before_stop & self.action_mask).sum(-1, keepdim=True))
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-probability float32 [..] of the ranks ``action`` [.., L], any integer dtype; illegal ones are ignored.
+
+        -inf where the other non-zero ranks are not 1..m in some order, or where a pick was possible and m = 0.
+        """
+        ranks, logits, legal = torch.broadcast_tensors(action.long(), self.logits, self.action_mask)
+        unpicked = (ranks == 0) | ~legal
+        key, order = ranks.masked_fill(unpicked, torch.iinfo(torch.int64).max).sort(dim=-1, stable=True)
+        picks = (~unpicked).sum(-1, keepdim=True)  # (.., 1), m
+        index = torch.arange(key.shape[-1], device=key.device)
+        x = logits.gather(-1, order)
+        left = x.flip(-1).logcumsumexp(-1).flip(-1)  # (.., L), log of the summed rates before pick index + 1
+        first = x.log_softmax(-1)[..., 0]  # = x - left, which would lose the digits of logits like -1e6
+        # Against STOP: picks 2..m, then STOP itself at index m (log 1 if nothing legal is left there).
+        later = torch.where(index < picks, x, 0.0) - F.softplus(left)
+        log_prob = first + later.masked_fill((index == 0) | (index > picks), 0.0).sum(-1)
+        valid = ((key == index + 1) | (index >= picks)).all(-1) & (picks > 0).squeeze(-1)
+        return torch.where(legal.any(-1), log_prob.masked_fill(~valid, -torch.inf), 0.0)
+
+    @property
+    def mode(self) -> Tensor:
+        """The greedy path: the highest logit, then all legal logits > 0 (each likelier than STOP), highest first.
+
+        Of equals the leftmost comes first. It is the most likely outcome of every draw in turn, not necessarily the
+        most likely action.
+        """
+        above = (self.logits > 0).sum(-1, keepdim=True)
+        return self._ranks(-self.logits, above)
+
+    def _ranks(self, key: Tensor, picks: Tensor) -> Tensor:
+        """Ranks int16 [.., L] of the ``picks`` [.., 1] (at least one) lowest keys [.., L] of legal positions."""
+        rank = key.argsort(dim=-1, stable=True).argsort(-1) + 1
+        return torch.where((rank <= picks.clamp_min(1)) & self.action_mask, rank, 0).to(torch.int16)

@@ -53,7 +53,7 @@ class PPO(ActorCritic):
             clip_epsilon=check_clip(clip_epsilon),
             critic_coeff=critic_scale,
             loss_critic_type="l2",
-            **entropy_settings(entropy_scale),
+            **entropy_settings(entropy_scale, actor),
             functional=False,
         )
         super().__init__(

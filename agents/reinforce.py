@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torchrl.objectives import PPOLoss
 
@@ -50,7 +51,7 @@ class Reinforce(Algorithm):
     ):
         if descent.get("epochs", 1) != 1:
             raise ValueError(f"epochs={descent['epochs']} is not valid: REINFORCE takes one step per round; use ppo")
-        loss = PolicyGradientLoss(actor, None, **entropy_settings(entropy_scale), functional=False)
+        loss = PolicyGradientLoss(actor, None, **entropy_settings(entropy_scale, actor), functional=False)
         super().__init__(actor, Descent(loss, optimizer, **descent))
 
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
@@ -60,8 +61,12 @@ class Reinforce(Algorithm):
         return self.descent.run(pack(batch))
 
 
-def entropy_settings(entropy_scale: float) -> dict[str, Any]:
+def entropy_settings(entropy_scale: float, actor: ProbabilisticActor) -> dict[str, Any]:
     """The entropy bonus in the words of TorchRL's losses."""
     if not 0 <= entropy_scale < float("inf"):
         raise ValueError(f"entropy_scale={entropy_scale} is not valid: a finite weight >= 0")
+    distribution = actor[-1].distribution_class
+    if entropy_scale and distribution.entropy is Distribution.entropy:
+        # TorchRL would estimate it from samples, a value without a useful gradient.
+        raise ValueError(f"entropy_scale={entropy_scale}: {distribution.__name__} has no closed-form entropy, use 0")
     return {"entropy_bonus": entropy_scale > 0, "entropy_coeff": entropy_scale}

@@ -74,9 +74,10 @@ class Collector:
                 break
             seed = int(np.random.default_rng([self.seed, self.prompts.taken]).integers(1 << 31))
             part = play_groups(self.envs, players, self.prompts.take(missing), seed, algorithm.observes)
-            if self.max_batches > 1:
-                part = part.keep(group_advantage(part.reward, part.group)[1])
-            kept.append(replace(part, group=part.group + number * self.prompts_per_round))
+            part = replace(part, group=part.group + number * self.prompts_per_round)
+            kept.append(part.keep(group_advantage(part.reward, part.group)[1]) if self.max_batches > 1 else part)
+        if not any(len(episodes.group) for episodes in kept):
+            kept[-1] = part  # an algorithm learns from episodes, if only that nothing is to be learnt
         return join(kept)
 
 
