@@ -117,7 +117,7 @@ def atomically(path: Path, write) -> None:
 
 # Okabe and Ito's palette, apart for colour-blind eyes; one shape per family as well.
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
-MARKERS = ("o", "s", "^", "v", "D", "P")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "h", "d")
 
 
 def plot(rows: Sequence[Row], path: Path, title: str, policy: str = "policy") -> None:
@@ -128,7 +128,15 @@ def plot(rows: Sequence[Row], path: Path, title: str, policy: str = "policy") ->
     families = [f for f in dict.fromkeys(row["family"] for row in rows) if f != policy]
     for i, family in enumerate(families):
         members = sorted((row for row in rows if row["family"] == family), key=lambda row: row["nfe"])
-        _points(axes, members, family, color=COLOURS[i % 6], marker=MARKERS[i % 6], markersize=5, linewidth=1.4)
+        _points(
+            axes,
+            members,
+            family,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            linewidth=1.4,
+        )
     for row, face in zip((r for r in rows if r["family"] == policy), ("#D55E00", "#FFFFFF") * len(rows), strict=False):
         _points(
             axes,

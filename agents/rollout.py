@@ -81,8 +81,9 @@ def rollout(
         observes: observation entries to record; None: all.
 
     Returns:
-        A TensorDict [E, T] with these entries, ``action`` [E, T, L] (ranks where the distribution is ordered), ``action_log_prob`` float32 [E, T] and ``active``
-        bool [E, T] (False behind an episode's end, where everything is 0), T the longest episode; and the results.
+        A TensorDict [E, T] with these entries, ``action`` [E, T, L] (ranks where the distribution is ordered),
+        ``action_log_prob`` float32 [E, T] and ``active`` bool [E, T] (False behind an episode's end, where everything
+        is 0), T the longest episode; and the results.
     """
     store: dict[str, Tensor] = {}
     shape = (len(examples), env.core.max_steps)

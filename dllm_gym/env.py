@@ -47,7 +47,19 @@ class DLLMUnmaskEnv(gym.Env):
     - ``mask`` int8 [L]: 1 where the position is still masked.
     - ``action_mask`` int8 [L]: 1 where it may be unmasked now: masked and in the active block.
     - ``time`` float32 [1]: steps / L.
-    - ``hidden`` float32 [L, d]: the dLLM's last hidden states (only with ``hidden=True``).
+
+    On request:
+
+    - ``entropy`` float32 [L] (``entropy=True``): Shannon entropy in nats of the dLLM's distribution at every masked
+      position; committed positions read 0.
+    - ``margin`` float32 [L] (``margin=True``): the largest probability minus the second largest; committed: 1.
+    - ``kl`` float32 [L, H] (``kl=H``): KL(p_t || p_{t-1}) in nats between the distributions of successive steps of the
+      episode, the last H of them, newest first (KLASS, arXiv 2511.05664). +inf where the episode has had fewer steps,
+      0 for a step that unmasked nothing; committed positions read 0. It keeps L * V * 4 bytes per lane.
+    - ``hidden`` float32 [L, d] (``hidden=True``): the dLLM's last hidden states.
+
+    ``confidence``, ``entropy``, ``margin`` and ``kl`` describe the untempered distribution, in which tokens that are
+    never proposed (the mask, padding) have no probability; they are computed in float32.
 
     ## Starting State
     All L positions masked, after the prompt of an example drawn from ``split`` with the environment's generator, or of
@@ -66,9 +78,10 @@ class DLLMUnmaskEnv(gym.Env):
 
     ## Arguments
     The fields of :class:`~dllm_gym.unmasking.EnvConfig` (``model, task, split, gen_length, block_length, top_k,
-    temperature, reward, alpha, max_episode_steps, hidden, device, dtype``) and ``render_mode``. ``gym.make`` keeps
-    ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside, ungraded; construct
-    ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of the process.
+    temperature, reward, alpha, max_episode_steps, hidden, entropy, margin, kl, device, dtype``) and ``render_mode``.
+    ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
+    ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
+    the process.
 
     Raises:
         ValueError: a setting is wrong.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from dllm_gym.vector_env import check_action
 class DLLMUnmaskTorchRLEnv(EnvBase):
     """``DLLMUnmask-v0`` as a TorchRL environment of batch size [N]; tensors stay on the dLLM's device.
 
-    Observation entries as in :class:`~dllm_gym.env.DLLMUnmaskEnv`, ``action`` int8 [N, L], ``reward`` float32 [N, 1].
+    Observation entries as in :class:`~dllm_gym.env.DLLMUnmaskEnv`, ``action`` int8 [N, L] of 0 and 1, ``reward`` float32 [N, 1].
     Two more observation entries describe the episode that just ended (0 otherwise): ``score`` float32 [N, 1] and
     ``nfe`` int64 [N, 1]. Finished lanes are reset by whoever drives the environment (``rollout``, collectors), through
     ``_reset``, and draw their next prompt from their own generator.
@@ -49,6 +50,12 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
             "score": Bounded(0, 1, shape=(N, 1), dtype=torch.float32),
             "nfe": Unbounded(shape=(N, 1), dtype=torch.int64),
         }
+        if self.core.sampling.entropy:
+            entries["entropy"] = Bounded(0, math.log(self.core.dllm.vocab_size), shape=(N, L), dtype=torch.float32)
+        if self.core.sampling.margin:
+            entries["margin"] = Bounded(0, 1, shape=(N, L), dtype=torch.float32)
+        if self.core.drift is not None:
+            entries["kl"] = Unbounded(shape=self.core.drift.kl.shape, dtype=torch.float32)
         if self.core.sampling.hidden:
             entries["hidden"] = Unbounded(shape=(N, L, self.core.dllm.hidden_size), dtype=torch.float32)
         self.observation_spec = Composite(entries, shape=(N,), device=self.device)

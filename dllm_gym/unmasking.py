@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dllm_gym.dealer import EMPTY
-from dllm_gym.models import DLLM, Sampling, load_dllm
+from dllm_gym.models import DLLM, Prediction, Sampling, load_dllm
+from dllm_gym.models.base import kl_divergence, parts
 from dllm_gym.noise import fold
 from dllm_gym.render import END, Frame
 from dllm_gym.rewards import Reward, make_reward
@@ -40,6 +41,10 @@ class EnvConfig:
         alpha: weight of speed in the reward, >= 0.
         max_episode_steps: truncate after this many steps; L by default.
         hidden: observe the dLLM's last hidden states, too (those of the last prediction).
+        entropy: observe the entropy of the dLLM's distributions, too.
+        margin: observe how far the best token leads the second best, too.
+        kl: H, how many of the last steps to observe by how much they moved the dLLM's distributions; 0 is none. It
+            keeps a distribution per position: num_envs * L * V * 4 bytes on the device (V: the vocabulary).
         device, dtype: of the dLLM (CPU and float32 by default); observations live on the same device, confidences are
             float32.
     """
@@ -55,6 +60,9 @@ class EnvConfig:
     alpha: float = 1.0
     max_episode_steps: int | None = None
     hidden: bool = False
+    entropy: bool = False
+    margin: bool = False
+    kl: int = 0
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
 
@@ -95,11 +103,63 @@ def default(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
 
-def positive(name: str, value: int) -> int:
-    """``value`` if it is a whole number of at least 1; a ValueError that names the setting otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}={value!r}: need a whole number of at least 1")
+def positive(name: str, value: int, least: int = 1) -> int:
+    """``value`` if it is a whole number of at least ``least``; a ValueError that names the setting otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}={value!r}: need a whole number of at least {least}")
     return int(value)
+
+
+def switch(name: str, value: bool) -> bool:
+    """``value`` if it is a bool (or 0 or 1); a ValueError that names the setting otherwise."""
+    if not isinstance(value, bool | int | np.bool_) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r}: need True or False")
+    return bool(value)
+
+
+# What a committed position reads in the optional observation entries.
+COMMITTED = {"entropy": 0.0, "margin": 1.0, "kl": 0.0}
+
+
+class Drift:
+    """By how much each of the last H steps of an episode moved the dLLM's distributions (KLASS, arXiv 2511.05664).
+
+    Args:
+        lanes: B. length: L. vocabulary: V. history: H. device: where everything lives.
+
+    Attributes:
+        kl: float32 [B, L, H], KL(p_t || p_{t-1}) in nats, newest first; +inf where there was no prediction before.
+        log_prob: float32 [B * L, V], the last distribution of every position, -inf before an episode's first.
+    """
+
+    def __init__(self, lanes: int, length: int, vocabulary: int, history: int, device: torch.device):
+        self.length = length
+        self.kl = torch.full((lanes, length, history), torch.inf, device=device)
+        self.log_prob = torch.full((lanes * length, vocabulary), -torch.inf, device=device)
+
+    def forget(self, lanes: Tensor) -> None:
+        """New episodes begin: the divergence of a first prediction from -inf is +inf."""
+        self.kl[lanes] = torch.inf
+        self.log_prob[self._rows(lanes)] = -torch.inf
+
+    def stay(self, lanes: Tensor) -> None:
+        """A step that left the distributions of these lanes as they were."""
+        self._shift(lanes, torch.zeros_like(self.kl[lanes, :, 0]))
+
+    def move(self, lanes: Tensor, where: Tensor, log_prob: Tensor) -> None:
+        """New distributions [n, V] at the positions ``where`` (bool [b, L], n in all) of b lanes."""
+        divergence = []
+        for new, rows in parts(log_prob, self._rows(lanes)[where]):
+            divergence.append(kl_divergence(new, self.log_prob[rows]))
+            self.log_prob[rows] = new
+        self._shift(lanes, torch.zeros_like(self.kl[lanes, :, 0]).masked_scatter(where, torch.cat(divergence)))
+
+    def _rows(self, lanes: Tensor) -> Tensor:
+        """Rows [b, L] of ``log_prob`` that belong to these lanes."""
+        return lanes[:, None] * self.length + torch.arange(self.length, device=lanes.device)
+
+    def _shift(self, lanes: Tensor, newest: Tensor) -> None:
+        self.kl[lanes] = torch.cat([newest[..., None], self.kl[lanes][..., :-1]], dim=-1)
 
 
 class Unmasking:
@@ -128,15 +188,22 @@ class Unmasking:
         self.max_steps = positive("max_episode_steps", default(config.max_episode_steps, self.L))
         if not isinstance(config.temperature, int | float) or not 0 <= config.temperature < float("inf"):
             raise ValueError(f"temperature={config.temperature!r}: need a finite number >= 0")
-        self.sampling = Sampling(positive("top_k", config.top_k), float(config.temperature), config.hidden)
+        self.sampling = Sampling(
+            positive("top_k", config.top_k),
+            float(config.temperature),
+            hidden=switch("hidden", config.hidden),
+            entropy=switch("entropy", config.entropy),
+            margin=switch("margin", config.margin),
+            log_prob=positive("kl", config.kl, least=0) > 0,
+        )
         self.dllm = load_dllm(config.model, config.device, config.dtype)
         if self.sampling.top_k > self.dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
         self.examples = self.task.examples(config.split).to_list()
         self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
-        self._allocate()
+        self._allocate(config.kl)
 
-    def _allocate(self) -> None:
+    def _allocate(self, history: int) -> None:
         B, L, device = self.B, self.L, self.dllm.device
         self.tokens = torch.full((B, L), self.dllm.eos_id, device=device)  # no mask: every lane starts empty
         self.prompt_length = np.zeros(B, np.int64)
@@ -147,6 +214,9 @@ class Unmasking:
         self.proposal = torch.zeros(B, L, dtype=torch.int64, device=device)
         self.confidence = torch.zeros(B, L, self.sampling.top_k, device=device)
         self.hidden = torch.zeros(B, L, self.dllm.hidden_size, device=device) if self.sampling.hidden else None
+        measures = [name for name in ("entropy", "margin") if getattr(self.sampling, name)]
+        self.measures = {name: torch.zeros(B, L, device=device) for name in measures}
+        self.drift = Drift(B, L, self.dllm.vocab_size, history, device) if history else None
         self.fresh = torch.zeros(B, L, dtype=torch.bool, device=device)  # committed by the last step
         self.stale = np.zeros(B, bool)  # lanes whose tokens changed since they were predicted
         self.block = torch.arange(L, device=device) // self.block_length
@@ -179,6 +249,10 @@ class Unmasking:
             "action_mask": self.legal(mask).to(torch.int8),  # (B, L)
             "time": (self.steps / self.L)[:, None],  # (B, 1)
         }
+        for name, value in self.measures.items():
+            observation[name] = torch.where(mask, value, COMMITTED[name])  # (B, L)
+        if self.drift is not None:
+            observation["kl"] = torch.where(mask[..., None], self.drift.kl, COMMITTED["kl"])  # (B, L, H)
         if self.hidden is not None:
             observation["hidden"] = self.hidden.clone()  # (B, L, d)
         return observation
@@ -207,6 +281,8 @@ class Unmasking:
         self.example[chosen] = index
         self.steps[where] = 0
         self.fresh[where] = False
+        if self.drift is not None:
+            self.drift.forget(where)
         self.running[chosen] = self.stale[chosen] = self.example[chosen] != EMPTY
 
     def _check_prompt(self, example) -> list[int]:
@@ -248,13 +324,20 @@ class Unmasking:
         rows[:, -self.L :] = mask | self.sampling.hidden  # hidden states are wanted at every completion position
         step_key = self._step_key(index)
         prediction = self.dllm.predict(tokens, attention_mask, rows, self.sampling, step_key)
-        where = rows[:, -self.L :]
-        self.proposal[index] = self.proposal[index].masked_scatter(where, prediction.token)
-        self.confidence[index] = self.confidence[index].masked_scatter(where[..., None], prediction.confidence)
-        if prediction.hidden is not None and self.hidden is not None:
-            self.hidden[index] = prediction.hidden.float().view(len(lanes), self.L, -1)
+        self._note(index, rows[:, -self.L :], prediction)
         self.stale[:] = False
         self.row_forwards += len(lanes)
+
+    def _note(self, index: Tensor, where: Tensor, prediction: Prediction) -> None:
+        """Take over what was predicted at the positions ``where`` (bool [b, L]) of the lanes ``index``."""
+        self.proposal[index] = self.proposal[index].masked_scatter(where, prediction.token)
+        self.confidence[index] = self.confidence[index].masked_scatter(where[..., None], prediction.confidence)
+        for name, value in self.measures.items():
+            value[index] = value[index].masked_scatter(where, getattr(prediction, name))
+        if prediction.log_prob is not None and self.drift is not None:
+            self.drift.move(index, where, prediction.log_prob)
+        if prediction.hidden is not None and self.hidden is not None:
+            self.hidden[index] = prediction.hidden.float().view(*where.shape, -1)
 
     def _step_key(self, index: Tensor) -> Tensor | None:
         return fold(self.key[index], self.steps[index]) if self.sampling.temperature > 0 else None
@@ -281,6 +364,9 @@ class Unmasking:
         terminated = self.running & ~left
         truncated = self.running & left & (steps >= self.max_steps)
         self.stale |= changed & left
+        if self.drift is not None:
+            unmoved = np.flatnonzero(self.running & left & ~changed)
+            self.drift.stay(torch.as_tensor(unmoved, device=mask.device))
         self.lane_steps += int(self.running.sum())
         return self._settle(terminated, truncated, steps)
 
@@ -310,7 +396,7 @@ class Unmasking:
         over = self.outcome if self.outcome and self.outcome.done[lane] and not self.running[lane] else None
         return Frame(
             prompt="" if index == EMPTY else str(self.task.prompt(self.examples[index])),
-            tokens=[END if t == self.dllm.eos_id else self.dllm.token_text(t) for t in tokens],
+            tokens=[END if t in self.dllm.stop_ids else self.dllm.token_text(t) for t in tokens],
             masked=mask.cpu().numpy(),
             confidence=torch.where(mask, self.confidence[lane, :, 0], 1.0).cpu().numpy(),
             fresh=self.fresh[lane].cpu().numpy(),

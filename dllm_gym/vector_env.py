@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,19 @@ FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
 
 def observation_space(core: Unmasking) -> Dict:
     """The space of one lane's observation."""
-    L, K = core.L, core.sampling.top_k
+    L, K, V = core.L, core.sampling.top_k, core.dllm.vocab_size
     spaces: dict[str, gym.Space] = {
         "confidence": Box(0.0, 1.0, (L, K), np.float32),
         "mask": MultiBinary(L),
         "action_mask": MultiBinary(L),
         "time": Box(0.0, core.max_steps / L, (1,), np.float32),
     }
+    if core.sampling.entropy:  # its maximum is below log V: the mask token is excluded
+        spaces["entropy"] = Box(0.0, math.log(V), (L,), np.float32)
+    if core.sampling.margin:
+        spaces["margin"] = Box(0.0, 1.0, (L,), np.float32)
+    if core.drift is not None:
+        spaces["kl"] = Box(0.0, np.inf, core.drift.kl.shape[1:], np.float32)
     if core.sampling.hidden:
         spaces["hidden"] = Box(-np.inf, np.inf, (L, core.dllm.hidden_size), np.float32)
     return Dict(spaces)

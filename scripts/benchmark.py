@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from shared import make_envs, prepare
+from shared import make_envs, prepare, requirements
 
 from agents.evaluation import atomically
 from agents.rollout import Decider, evaluate
@@ -72,7 +72,7 @@ def measure(envs: DLLMUnmaskVectorEnv, decider: Decider, episodes: int) -> dict[
 def main(cfg: DictConfig) -> None:
     run, device = prepare(cfg)
     decider = hydra.utils.instantiate(cfg.decider)
-    envs = {n: make_envs(cfg, device, num_envs=n, split="test", top_k=2) for n in cfg.num_envs}
+    envs = {n: make_envs(cfg, device, num_envs=n, split="test", **requirements([decider])) for n in cfg.num_envs}
     episodes = {n: max(1, cfg.episodes // (16 if n == 1 else 1)) for n in envs}
     measured: dict[int, list[dict[str, float]]] = {n: [] for n in envs}
     for n in envs:

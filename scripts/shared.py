@@ -17,7 +17,7 @@ from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Decider, evaluate
 from agents.training import CHECKPOINT
-from dllm_gym.models import load_dllm
+from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
 from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
@@ -40,15 +40,20 @@ def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
 
 def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
     """The vector environment of a configuration; ``settings`` are num_envs, split and what the deciders need."""
-    groups = {**cfg.model, **cfg.env, **cfg.reward}
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
-    return gym.make_vec("DLLMUnmask-v0", task=task, device=device, **groups, **settings)
+    dllm = make_dllm(cfg, device)
+    return gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **cfg.env, **cfg.reward, **settings)
+
+
+def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
+    """The frozen dLLM of a configuration: ``cfg.model`` are the arguments of ``load_dllm``."""
+    return load_dllm(**OmegaConf.to_container(cfg.model, resolve=True), device=device)
 
 
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
     """The policy network of a configuration; ``hidden_size: null`` is the dLLM's own width."""
     if "hidden_size" in cfg.policy and cfg.policy.hidden_size is None:
-        cfg.policy.hidden_size = load_dllm(**cfg.model, device=device).hidden_size
+        cfg.policy.hidden_size = make_dllm(cfg, device).hidden_size
     return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
 
 

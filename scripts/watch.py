@@ -9,7 +9,7 @@ from __future__ import annotations
 import hydra
 import torch
 from omegaconf import DictConfig
-from shared import load_policy, make_envs, policy_deciders, prepare, take_over
+from shared import load_policy, make_envs, policy_deciders, prepare, requirements, take_over
 
 from dllm_gym.dealer import check_example
 from dllm_gym.noise import fold, uniform
@@ -18,16 +18,15 @@ from dllm_gym.render import Viewer, pixels
 
 @hydra.main(version_base=None, config_path="../conf", config_name="watch")
 def main(cfg: DictConfig) -> None:
-    decider, top_k = hydra.utils.instantiate(cfg.decider), 2
+    decider = hydra.utils.instantiate(cfg.decider)
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint)
         take_over(cfg, trained)
         decider = policy_deciders(policy, trained.distribution)[f"policy({'greedy' if cfg.greedy else 'sampled'})"]
-        top_k = policy.top_k
     _, device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy.to(device)
-    envs = make_envs(cfg, device, num_envs=1, split=cfg.split, top_k=top_k, autoreset_mode="Disabled")
+    envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements([decider]))
     example = check_example(cfg.example, len(envs.core.examples))
     observation, _ = envs.reset(seed=cfg.seed, options={"examples": [example]})
     viewer, frames, done = Viewer(fps=cfg.fps), [], False

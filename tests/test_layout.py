@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "vector_env": BASE | {"unmasking"},
     "env": BASE | {"unmasking", "vector_env"},
     "torchrl_env": BASE | {"unmasking", "vector_env"},
+    "sb3_env": BASE | {"unmasking", "vector_env"},
 }
 TENSORS_ONLY = ["policies", "distributions", "heuristics"]
 HYDRA = {"hydra", "omegaconf"}

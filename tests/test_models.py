@@ -146,7 +146,7 @@ def test_foreign_configs_are_refused(checkpoint, fields, message):
         load_dllm(checkpoint)
 
 
-@pytest.mark.parametrize("field", ["d_model", "mask_token_id", "eos_token_id"])
+@pytest.mark.parametrize("field", ["d_model", "rope_theta", "max_sequence_length"])
 def test_a_missing_field_is_named(checkpoint, field):
     raw = llada_fields()
     del raw[field]
@@ -175,6 +175,91 @@ def test_unknown_names_are_refused():
         load_dllm("tiny", dtype="float8")
     with pytest.raises(ValueError, match="device='warp'"):
         load_dllm("tiny", device="warp")
+
+
+def bf16_logits(checkpoint, tokens: list[int], in_float32: bool) -> torch.Tensor:
+    """LLaDA's own arithmetic in bfloat16: norms in float32, queries and keys rotated in float32 (or in bfloat16)."""
+    raw = json.loads((checkpoint / "config.json").read_text())
+    weights = load_file(checkpoint / "model.safetensors")
+    w = {k.removeprefix("model.transformer."): v.bfloat16() for k, v in weights.items()}
+    heads, kv_heads, size, T = raw["n_heads"], raw["n_kv_heads"], raw["d_model"] // raw["n_heads"], len(tokens)
+    inverse = 1.0 / raw["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
+    angle = torch.outer(torch.arange(T).float(), inverse).repeat(1, 2)
+
+    def norm(x, name):
+        wide = x.float()
+        return w[f"{name}.weight"] * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + raw["rms_norm_eps"])).to(
+            torch.bfloat16
+        )
+
+    def rope(x):  # (1, heads, T, size)
+        y = x.float() if in_float32 else x
+        half = torch.cat([-y[..., size // 2 :], y[..., : size // 2]], -1)
+        return (y * angle.cos().to(y) + half * angle.sin().to(y)).to(x)
+
+    linear = torch.nn.functional.linear
+    x = w["wte.weight"][tokens][None]
+    for i in range(raw["n_layers"]):
+        b = f"blocks.{i}."
+        h = norm(x, b + "attn_norm")
+        q, k, v = (
+            linear(h, w[f"{b}{n}_proj.weight"]).view(1, T, count, size).transpose(1, 2)
+            for n, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        k, v = rope(k).repeat_interleave(heads // kv_heads, 1), v.repeat_interleave(heads // kv_heads, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(rope(q), k, v)
+        x = x + linear(out.transpose(1, 2).flatten(2), w[b + "attn_out.weight"])
+        h = norm(x, b + "ff_norm")
+        gate = torch.nn.functional.silu(linear(h, w[b + "ff_proj.weight"])) * linear(h, w[b + "up_proj.weight"])
+        x = x + linear(gate, w[b + "ff_out.weight"])
+    return linear(norm(x, "ln_f"), w["ff_out.weight"])[0].float()
+
+
+def test_bfloat16_llada_rotates_in_float32_when_asked(checkpoint):
+    tokens = [9, 3, 4, 1, 1, 12, 15, 1, 7, 1, 18, 2]
+    row = torch.tensor([tokens])
+    confidences = {}
+    for in_float32 in (True, False):
+        dllm = load_dllm(checkpoint, dtype="bfloat16", rope_float32=in_float32)
+        prediction = dllm.predict(row, None, row == 1, Sampling(top_k=19))
+        logits = bf16_logits(checkpoint, tokens, in_float32)
+        logits[:, 1] = -torch.inf
+        expected = logits.softmax(-1)[row[0] == 1].topk(19).values
+        torch.testing.assert_close(prediction.confidence, expected, atol=1e-6, rtol=1e-5)
+        padded = torch.nn.functional.pad(row, (3, 0))
+        again = dllm.predict(padded, padded.cumsum(1) > 0, padded == 1, Sampling(top_k=19))
+        torch.testing.assert_close(again.confidence, expected, atol=0.02, rtol=0.2)  # its mask adds in another order
+        confidences[in_float32] = prediction.confidence
+    assert (confidences[True] - confidences[False]).abs().max() > 1e-4  # the two are told apart
+
+
+LLADA_CHAT = (  # the layout of LLaDA-8B-Instruct's template
+    "{% for m in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}"
+    "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+def test_llada_begins_a_prompt_with_one_bos_and_ends_at_the_turn(checkpoint):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<|endoftext|>", "<|mdm_mask|>", "<|startoftext|>", "<|eot_id|>", "<|start_header_id|>"]
+    names += ["<|end_header_id|>", *"userastnhi1+\n"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(names))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing("<|startoftext|> $A", None, [("<|startoftext|>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>")
+    fast.add_special_tokens({"additional_special_tokens": names[:6]})
+    fast.chat_template = LLADA_CHAT
+    fast.save_pretrained(checkpoint)
+    dllm = load_dllm(checkpoint)
+    tokens = dllm.encode("1+1")
+    assert tokens[0] == 2 and tokens.count(2) == 1 and tokens.count(3) == 1
+    assert dllm.stop_ids == {0, 3}
+    one = vocabulary["1"]
+    assert dllm.decode([one, 3, one]) == dllm.decode([one, 0, one]) == "1"
 
 
 def test_weight_tying_and_defaults():

@@ -59,7 +59,7 @@ DECIDERS = [Threshold(0.9), Threshold(0.5), TopK(6), Margin(6), Random(6), polic
 
 @pytest.mark.parametrize("decider", DECIDERS, ids=str)
 def test_a_row_alone_equals_the_row_in_a_batch_of_64_mixed_rows(decider, mixed_task):
-    settings = {"task": mixed_task, "split": "test", "top_k": 2, "block_length": 12}
+    settings = {"task": mixed_task, "split": "test", "top_k": 2, "margin": True, "block_length": 12}
     company = evaluate(DLLMUnmaskVectorEnv(num_envs=64, **settings), decider, range(64))
     few = evaluate(DLLMUnmaskVectorEnv(num_envs=7, **settings), decider, range(64))  # lanes are refilled
     alone = evaluate(DLLMUnmaskVectorEnv(num_envs=1, **settings), decider, range(16))

@@ -2,6 +2,9 @@
 
 LLaDA (arXiv 2502.09992) is a Llama whose attention looks both ways: with ``is_causal=False`` transformers'
 ``LlamaForCausalLM`` gives the published model's logits, so no remote code is run.
+
+In half precision LLaDA's own code rotates queries and keys in float32, transformers in the dtype of the weights: the
+logits then differ by less than half precision differs from float32. ``rope_float32=True`` does as LLaDA.
 """
 
 from __future__ import annotations
@@ -10,8 +13,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-from transformers import LlamaConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dllm_gym.models.base import DLLM
+from dllm_gym.models.checkpoint import Checkpoint, require
 
 # LLaDA's name of a weight -> Llama's.
 NAMES = {
@@ -58,9 +66,7 @@ def llama_config(raw: dict[str, Any]) -> LlamaConfig:
     Raises:
         ValueError: the config asks for something that Llama does not compute, or lacks a size.
     """
-    for field, needed in REQUIRED.items():
-        if raw.get(field, needed) != needed:
-            raise ValueError(f"config.json: {field}={raw[field]!r} is not supported for LLaDA (need {needed!r})")
+    require(raw, "LLaDA", **REQUIRED)
     try:
         heads = raw["n_heads"]
         config = LlamaConfig(
@@ -76,8 +82,8 @@ def llama_config(raw: dict[str, Any]) -> LlamaConfig:
             tie_word_embeddings=raw.get("weight_tying", False),
             attention_bias=raw.get("include_qkv_bias", False),
             bos_token_id=None,
-            eos_token_id=raw["eos_token_id"],
-            pad_token_id=raw["pad_token_id"],
+            eos_token_id=raw.get("eos_token_id"),
+            pad_token_id=raw.get("pad_token_id"),
         )
     except KeyError as missing:
         raise ValueError(f"config.json of a LLaDA model lacks the field {missing}") from None
@@ -93,3 +99,38 @@ def llada_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (name,) = {re.sub(old, new, key) for old, new in to_llada.items() if re.match(old, key)}
         renamed[name] = value.contiguous()
     return renamed
+
+
+ROPE_FLOAT32 = "sdpa_rope_float32"  # our name of the attention that takes queries and keys in float32
+
+
+class Float32Rope(nn.Module):
+    """cos and sin in float32: the rotation, which multiplies them with half-precision queries, is then float32 too."""
+
+    def __init__(self, rope: nn.Module):
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rope(hidden[..., :1].float(), position_ids)  # of the hidden states only dtype and device count
+
+
+def rope_float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
+    """Scaled dot-product attention after a float32 rotation, in the dtype of the values."""
+    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
+
+
+AttentionInterface.register(ROPE_FLOAT32, rope_float32_attention)
+AttentionMaskInterface.register(ROPE_FLOAT32, sdpa_mask)
+
+
+def load(checkpoint: Checkpoint) -> DLLM:
+    """The loader of ``llada``."""
+    rope_float32 = checkpoint.settings.rope_float32
+    arguments = {"attn_implementation": ROPE_FLOAT32} if rope_float32 else {}
+    network = checkpoint.weights(
+        LlamaForCausalLM, llama_config(checkpoint.config), key_mapping=key_mapping(NAMES), **arguments
+    )
+    if rope_float32:
+        network.model.rotary_emb = Float32Rope(network.model.rotary_emb)
+    return DLLM(network.model, network.lm_head, checkpoint.tokenizer(), checkpoint.config)

@@ -2,99 +2,172 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dllm_gym.models import llada
+from dllm_gym.models import dream, llada, llada2, masked_lm, qwen
 from dllm_gym.models.base import DLLM
+from dllm_gym.models.checkpoint import Checkpoint, Settings
 
 SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+Loader = Callable[[Checkpoint], DLLM]
 
-def _load_llada(folder: Path, raw: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    model, report = LlamaForCausalLM.from_pretrained(
-        folder,
-        config=llada.llama_config(raw),
-        key_mapping=llada.key_mapping(llada.NAMES),
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    _refuse_mismatch(report)
-    return model
+# `model_type` of the raw config.json -> loader; what transformers knows as a masked language model comes on top.
+FAMILIES: dict[str, Loader] = {
+    "llada": llada.load,
+    "llada2_moe": llada2.load,
+    "Dream": dream.load,
+    "dream": dream.load,
+    "a2d-qwen2": qwen.load,
+    "a2d-qwen3": qwen.load,
+    "qwen2": qwen.load,
+    "qwen3": qwen.load,
+}
 
 
-# `model_type` of the raw config.json -> loader.
-FAMILIES: dict[str, Callable[[Path, dict[str, Any], torch.dtype], PreTrainedModel]] = {"llada": _load_llada}
+def register(model_type: str, loader: Loader) -> None:
+    """Add a family of dLLMs, or replace one; dLLMs that are loaded already stay as they are.
+
+    Args:
+        model_type: the field of that name in the raw ``config.json`` of the family's checkpoints.
+        loader: makes a :class:`DLLM` of a :class:`~dllm_gym.models.checkpoint.Checkpoint`; its ``weights`` and
+            ``tokenizer`` methods respect what the user asked for and refuse checkpoints that do not fit.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> def load_two_way_llama(checkpoint):
+    ...     config = LlamaConfig(**checkpoint.config)
+    ...     config.is_causal = False
+    ...     network = checkpoint.weights(LlamaForCausalLM, config)
+    ...     return DLLM(network.model, network.lm_head, checkpoint.tokenizer(), checkpoint.config)
+    >>> register("two_way_llama", load_two_way_llama)
+    """
+    FAMILIES[model_type] = loader
 
 
 def load_dllm(
-    model: str | Path | DLLM, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    model: str | Path | DLLM,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization: str | None = None,
+    rope_float32: bool = False,
+    chat_template: bool = True,
+    mask_token: str | None = None,
 ) -> DLLM:
     """Load a frozen dLLM; the same arguments give the same object within a process.
+
+    The family is chosen by ``model_type`` in the raw ``config.json``; no code from a checkpoint is ever run.
 
     Args:
         model: ``"tiny"`` (shipped), a local folder, a hub id (``owner/name``, optionally ``@revision``), or a DLLM,
             which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
+        device_map: spread the weights over several devices instead, as in transformers (``"auto"``, or module names
+            to devices); ``device`` has no say then. Needs accelerate.
+        quantization: ``"int8"`` or ``"int4"`` weights, computed in ``dtype``. Needs bitsandbytes.
+        rope_float32: rotate queries and keys in float32, as LLaDA's own code does in half precision. Off by default:
+            the rotation is then done in ``dtype``, which moves bf16 logits by less than bf16 rounding itself does.
+        chat_template: put prompts into the tokenizer's chat template. Base models carry a template that they were
+            not trained with: turn it off for them.
+        mask_token: the mask token's text, for a checkpoint that does not name it.
 
     Raises:
         ValueError: no such model; not a supported family; weights that are missing, unexpected, mis-shaped or
-            unreadable; an unknown dtype or device, or another one than a given DLLM has.
+            unreadable; no mask token; an option that is not valid, or whose package is missing; an unknown dtype or
+            device, or another one than a given DLLM has.
+
+    >>> dllm = load_dllm("tiny")
+    >>> dllm.decode(dllm.encode("1+2="))
+    '1+2='
     """
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not supported: choose one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    dtype = None if dtype is None else check_dtype(dtype)
     device = None if device is None else check_device(device)
+    items = tuple(device_map.items()) if isinstance(device_map, Mapping) else device_map
+    options: dict[str, Any] = {
+        "device_map": items,
+        "quantization": quantization,
+        "rope_float32": rope_float32,
+        "chat_template": chat_template,
+        "mask_token": mask_token,
+    }
     if isinstance(model, DLLM):
-        for name, asked, has in (("device", device, model.device), ("dtype", dtype, model.dtype)):
-            if asked is not None and asked != has:
-                raise ValueError(f"{name}={str(asked)!r}: the dLLM that was passed has {has}")
+        refuse_another(model, device, dtype, options)
         return model
-    return _load(str(model), device or torch.device("cpu"), dtype or torch.float32)
+    settings = Settings(device or torch.device("cpu"), dtype or torch.float32, **options)
+    return _load(str(model), settings)
 
 
-@lru_cache(maxsize=4)
-def _load(model: str, device: torch.device, dtype: torch.dtype) -> DLLM:
+def refuse_another(dllm: DLLM, device: torch.device | None, dtype: torch.dtype | None, options: dict[str, Any]) -> None:
+    """A dLLM that is there already cannot be had in another form."""
+    for name, asked, has in (("device", device, dllm.device), ("dtype", dtype, dllm.dtype)):
+        if asked is not None and asked != has:
+            raise ValueError(f"{name}={str(asked)!r}: the dLLM that was passed has {has}")
+    for name, value in options.items():
+        if value != getattr(Settings, name):
+            raise ValueError(f"{name}={value!r}: the dLLM that was passed is loaded already, give its name instead")
+
+
+_in_use: WeakValueDictionary[tuple[str, Settings], DLLM] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=4)  # the latest, in use or not
+def _load(model: str, settings: Settings) -> DLLM:
+    dllm = _in_use.get((model, settings))
+    if dllm is None:
+        dllm = _in_use[model, settings] = _read(model, settings)
+    return dllm
+
+
+def _read(model: str, settings: Settings) -> DLLM:
     folder = _folder(model)
-    raw = _raw_config(folder)
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(
-            f"model={model!r}: model_type={family!r} in config.json is not a supported dLLM family "
-            f"(supported: {', '.join(FAMILIES)})"
-        )
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ValueError(f"model={model!r}: {folder} holds no weights (looked for {' or '.join(WEIGHTS)})")
+    try:
+        checkpoint = Checkpoint.read(folder, settings)
+        loader = family(checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"model={model!r}: {error}") from None
+    if settings.rope_float32 and loader is not llada.load:
+        raise ValueError(f"rope_float32=True is LLaDA's arithmetic; model={model!r} is of another family")
     try:
         with _quiet_transformers():
-            network = FAMILIES[family](folder, raw, dtype)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        dllm = DLLM(network.model, network.lm_head, tokenizer, raw)
+            dllm = loader(checkpoint)
     except KeyError as missing:
         raise ValueError(f"model={model!r}: config.json lacks the field {missing}") from None
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"model={model!r}: cannot load the checkpoint in {folder}: {error}") from error
-    if len(tokenizer) > dllm.vocab_size:
+    tokens = max(len(dllm.tokenizer), dllm.mask_id + 1)
+    if tokens > dllm.vocab_size:
         raise ValueError(
-            f"model={model!r}: the tokenizer has {len(tokenizer)} tokens, the model only {dllm.vocab_size}: "
+            f"model={model!r}: the tokenizer has {tokens} tokens, the model only {dllm.vocab_size}: "
             "they do not belong together"
         )
-    network.to(device)
     return dllm
+
+
+def family(config: Mapping[str, Any]) -> Loader:
+    """The loader for a raw ``config.json``."""
+    model_type = config.get("model_type")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return masked_lm.load
+    raise ValueError(
+        f"model_type={model_type!r} in config.json is not a supported dLLM family (supported: "
+        f"{', '.join(FAMILIES)}, and masked language models of transformers such as bert and modernbert); "
+        "add one with dllm_gym.models.register"
+    )
 
 
 def _folder(model: str) -> Path:
@@ -112,12 +185,13 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["*.json", "*.safetensors", "*.txt"]  # no code, no pickles
+        files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # no code, no pickles
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except Exception as error:  # the hub's client raises many unrelated types; the user needs one answer
         raise ValueError(
             f"model={model!r} is no local folder and could not be fetched from the hub ({type(error).__name__}): "
-            "check the name and the connection, log in with `hf auth login` if it is gated, or give a local folder"
+            "check the name, the revision after @ and the connection, log in with `hf auth login` if it is gated, or "
+            "give the folder of a copy: model=/path/to/folder (for the scripts model.model=/path/to/folder)"
         ) from error
 
 
@@ -135,22 +209,13 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"model folder {folder} has no config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _refuse_mismatch(report: dict[str, Any]) -> None:
-    """Weights that do not fit the config would be initialised at random with no more than a log line."""
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            names = sorted(str(key) for key in report[kind])
-            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of that name; ValueError when it is not one of :data:`DTYPES`."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported: choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def check_device(device: str | torch.device) -> torch.device:

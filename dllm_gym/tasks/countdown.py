@@ -1,0 +1,130 @@
+"""Countdown: reach a target number with four operations on given numbers."""
+
+from __future__ import annotations
+
+import ast
+import re
+from fractions import Fraction
+
+from dllm_gym.tasks.base import Example
+from dllm_gym.tasks.dataset import DatasetTask, Row, Source
+from dllm_gym.tasks.grading import marked
+
+LONGEST = 200  # characters of an expression
+COLUMNS = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
+SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "\u2212": "-", "[": "(", "]": ")", "$": " "})
+
+
+class Countdown(DatasetTask):
+    r"""An expression that uses each number exactly once and hits the target scores 1, anything else 0.
+
+    Allowed are ``+ - * /`` (also as ``\times``, ``\div``, ``\cdot``) and parentheses; what follows ``=`` is not read.
+    The expression is the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without one its last line.
+
+    Rows need the numbers (``numbers``, ``nums`` or ``input``: a list, or a text such as ``3,7,25``) and ``target`` (or
+    ``output``), which covers the files of d1 and the dataset on the hub. Example fields: ``numbers``, ``target``.
+
+    >>> task, example = Countdown(), {"numbers": [3, 7, 25], "target": 46}
+    >>> [task.grade(example, f"<answer>{text}</answer>") for text in ("7 * 3 + 25 = 46", "46", "3 * 7 + 5 * 5")]
+    [1.0, 0.0, 0.0]
+
+    Args:
+        settings: those of :class:`~dllm_gym.tasks.dataset.DatasetTask`.
+    """
+
+    name = "countdown"
+    gen_length = 256
+    hub = {"train": Source("Jiayi-Pan/Countdown-Tasks-3to4")}
+
+    def prepare(self, row: Row) -> Row:
+        found = {}
+        for field, names in COLUMNS.items():
+            present = [name for name in names if row.get(name) is not None]
+            if not present:
+                raise ValueError(f"data={self.data!r}: a row has none of {', '.join(names)}: {', '.join(row)}")
+            found[field] = row[present[0]]
+        numbers = found["numbers"] if isinstance(found["numbers"], list) else re.findall(r"[0-9]+", found["numbers"])
+        return {"numbers": [int(number) for number in numbers], "target": int(found["target"])}
+
+    def question(self, example: Example) -> str:
+        numbers = ", ".join(map(str, example["numbers"]))
+        return (
+            f"Combine the numbers {numbers} with +, -, *, / and parentheses so that the result is {example['target']}. "
+            "Use every number exactly once. Put the expression alone, without an equals sign, into \\boxed{}."
+        )
+
+    def reply(self, example: Example) -> str:
+        expression = solve(example["numbers"], example["target"])
+        return self.style.write(f"{expression} = {example['target']}", f"\\boxed{{{expression}}}")
+
+    def grade(self, example: Example, completion: str) -> float:
+        reply = self.whole_reply(example, completion)
+        lines = [line for line in reply[-10 * LONGEST :].split("\n") if line.strip()]
+        expression = marked(reply, hashes=False) or (lines[-1] if lines else "")
+        outcome = evaluate(expression)
+        return float(outcome is not None and outcome == (example["target"], sorted(example["numbers"])))
+
+
+def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
+    r"""Value and sorted numbers of an expression; None if it is none.
+
+    >>> evaluate(r"(7 - 3) \times 25 = 100")
+    (Fraction(100, 1), [3, 7, 25])
+    """
+    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text[: 2 * LONGEST].translate(SIGNS))
+    text = re.sub(r"\\div(?![A-Za-z])", "/", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text)).partition("=")[0]
+    text = text.strip().rstrip(".")
+    if len(text) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", text):
+        return None
+    try:
+        used: list[int] = []
+        return _value(ast.parse(text, mode="eval").body, used), sorted(used)
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
+        return None
+
+
+def _value(node: ast.expr, used: list[int]) -> Fraction:
+    match node:
+        case ast.Constant(value=int(number)):
+            used.append(number)
+            return Fraction(number)
+        case ast.BinOp(left, ast.Add(), right):
+            return _value(left, used) + _value(right, used)
+        case ast.BinOp(left, ast.Sub(), right):
+            return _value(left, used) - _value(right, used)
+        case ast.BinOp(left, ast.Mult(), right):
+            return _value(left, used) * _value(right, used)
+        case ast.BinOp(left, ast.Div(), right):
+            return _value(left, used) / _value(right, used)
+    raise ValueError("not one of the four operations")
+
+
+def solve(numbers: list[int], target: int) -> str:
+    """An expression that uses every number once and hits the target.
+
+    >>> solve([3, 7, 25], 46)
+    '(25 + (3 * 7))'
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def search(items: list[tuple[Fraction, str]]) -> str | None:
+        if len(items) == 1:
+            return items[0][1] if items[0][0] == target else None
+        for i, (a, left) in enumerate(items):
+            for j, (b, right) in enumerate(items):
+                if i == j:
+                    continue
+                rest = [item for k, item in enumerate(items) if k not in (i, j)]
+                results = {"+": a + b, "-": a - b, "*": a * b} | ({"/": a / b} if b else {})
+                for sign, value in results.items():
+                    found = search([*rest, (value, f"({left} {sign} {right})")])
+                    if found:
+                        return found
+        return None
+
+    solution = search([(Fraction(number), str(number)) for number in numbers])
+    if solution is None:
+        raise ValueError(f"no expression of {numbers} has the value {target}")
+    return solution

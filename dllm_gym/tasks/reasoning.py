@@ -1,0 +1,103 @@
+"""The puzzles of reasoning-gym (an optional package) as tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dllm_gym.tasks.base import Example, ProceduralTask, whole
+from dllm_gym.tasks.dataset import STYLES, PromptStyle, at_least_one
+from dllm_gym.tasks.grading import tagged
+from dllm_gym.tasks.workers import Pool, puzzles
+
+POOL = Pool("reasoning", seconds=5.0)  # of processor time for one answer
+ITEMS = 1_000_000  # of a generator, unless its options say otherwise
+
+
+class ReasoningGym(ProceduralTask):
+    """Puzzles of one of reasoning-gym's generators, graded by its own scorer.
+
+    A puzzle is an item of the generator, drawn by number; as with all procedural tasks a checksum of its text says
+    which split it belongs to. The answer is the reply's last ``<answer>``, or without one the whole reply. Scorers run
+    in worker processes: some evaluate the answer as an expression, and none has a time limit.
+
+    Example fields: ``question``, ``answer`` (one right answer; empty where the generator gives none), ``item``.
+
+    >>> task = ReasoningGym("mini_sudoku", options={"min_empty": 2, "max_empty": 4}, prompt_style="chat")
+    >>> example = {"question": "Fill the grid: ...", "answer": "1 2 3 4", "item": 0}
+    >>> task.prompt(example), task.solution(example)
+    ('Fill the grid: ...', '<answer>1 2 3 4</answer>')
+
+    Args:
+        dataset: name of the generator.
+        options: its settings; ``seed`` (0) and ``size`` (a million items to draw from; some generators make all of them
+            first and want fewer) are among them.
+        gen_length: L.
+        prompt_style: ``"xml"`` or ``"chat"``, or a :class:`~dllm_gym.tasks.dataset.PromptStyle` (only its instructions
+            are used).
+        seed, sizes: which items, and how many per split (2,000, 200 and 500 by default).
+
+    Raises:
+        ValueError: reasoning-gym is not installed (when examples are asked for), or it does not know the dataset or an
+            option.
+    """
+
+    name = "reasoning_gym"
+
+    def __init__(
+        self,
+        dataset: str = "mini_sudoku",
+        *,
+        options: Mapping[str, Any] | None = None,
+        gen_length: int = 128,
+        prompt_style: str | PromptStyle = "xml",
+        seed: int = 0,
+        sizes: Mapping[str, int] | None = None,
+    ):
+        super().__init__(seed, {"train": 2000, "validation": 200, "test": 500, **(sizes or {})})
+        if not isinstance(prompt_style, PromptStyle) and prompt_style not in STYLES:
+            raise ValueError(f"prompt_style={prompt_style!r} is not known: choose one of {', '.join(STYLES)}")
+        self.style = prompt_style if isinstance(prompt_style, PromptStyle) else STYLES[prompt_style]
+        self.dataset, self.options = dataset, {"seed": 0, "size": ITEMS, **(options or {})}
+        self.gen_length = at_least_one("gen_length", gen_length)
+        self.items = whole("options['size']", self.options["size"])
+        self._generator: Any = None
+
+    @property
+    def generator(self) -> Any:
+        """The generator of reasoning-gym."""
+        if self._generator is None:
+            if importlib.util.find_spec("reasoning_gym") is None:
+                raise ValueError("task reasoning_gym needs reasoning-gym: pip install 'dllm_gym[reasoning]'")
+            try:
+                self._generator = puzzles(self.dataset, json.dumps(self.options))
+            except Exception as error:  # whatever a generator's own checks raise
+                raise ValueError(
+                    f"dataset={self.dataset!r}, options={self.options}: reasoning-gym refuses this ({error})"
+                ) from error
+        return self._generator
+
+    def generate(self, rng: random.Random) -> dict[str, Any]:
+        item = rng.randrange(self.items)
+        puzzle = self.generator[item]
+        return {"question": puzzle["question"], "answer": str(puzzle["answer"] or ""), "item": item}
+
+    def prompt(self, example: Example) -> str:
+        return "\n\n".join(part for part in (self.style.instructions, example["question"]) if part)
+
+    def solution(self, example: Example) -> str:
+        return f"<answer>{example['answer']}</answer>"
+
+    def grade(self, example: Example, completion: str) -> float:
+        return self.grade_all([example], [completion])[0]
+
+    def grade_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
+        options = json.dumps(self.options)
+        questions = [
+            (self.dataset, options, example["item"], (tagged(text) or text.strip())[-20_000:])
+            for example, text in zip(examples, completions, strict=True)
+        ]
+        return [min(1.0, max(0.0, score or 0.0)) for score in POOL.ask_all(questions)]

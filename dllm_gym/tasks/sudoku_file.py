@@ -1,0 +1,81 @@
+"""4x4 sudokus from a file, with one answer each, as the papers on dLLMs use them."""
+
+from __future__ import annotations
+
+import re
+
+from dllm_gym.tasks.base import Example
+from dllm_gym.tasks.dataset import DatasetTask, Row
+from dllm_gym.tasks.grading import LIMIT, marked
+
+_CELLS = re.compile(r"[0-9._](?:[\s|,]*[0-9._])*")
+
+
+class SudokuFile(DatasetTask):
+    r"""Complete a 4x4 grid with one answer; needs a file with the columns ``Puzzle`` and ``Solution``, 16 digits each.
+
+    0 is a blank cell. The answer is the last grid (16 digits, whatever blanks, bars and commas stand between them) in
+    the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without a mark in the whole reply. Example fields: ``puzzle``,
+    ``solution``.
+
+    >>> task = SudokuFile(score="cells")
+    >>> example = {"puzzle": "1204341221404321", "solution": "1234341221434321"}
+    >>> task.grade(example, "<answer>\n1234\n3412\n2144\n4321\n</answer>")
+    0.5
+
+    Args:
+        score: ``"cells"``, the fraction of blank cells that are right (d1, arXiv 2504.12216), or ``"grid"``: 1 if all
+            are, else 0.
+        settings: those of :class:`~dllm_gym.tasks.dataset.DatasetTask`.
+    """
+
+    name = "sudoku4_csv"
+    gen_length = 128
+    fields = ("Puzzle", "Solution")
+
+    def __init__(self, *, score: str = "cells", **settings):
+        super().__init__(**settings)
+        if score not in ("cells", "grid"):
+            raise ValueError(f"score={score!r} is not known: choose one of cells, grid")
+        self.score = score
+
+    def prepare(self, row: Row) -> Row:
+        cells = (row[field] for field in self.fields)
+        puzzle, solution = (f"{c:016d}" if isinstance(c, int) else str(c).strip() for c in cells)  # ints lose zeros
+        digits = re.fullmatch("[0-4]{16}", puzzle) and re.fullmatch("[1-4]{16}", solution) and "0" in puzzle
+        if not digits or any(given not in ("0", cell) for given, cell in zip(puzzle, solution, strict=True)):
+            raise ValueError(
+                f"data={self.data!r}: {puzzle!r}, {solution!r} is no 4x4 puzzle with blanks and its answer"
+            )
+        return {"puzzle": puzzle, "solution": solution}
+
+    def question(self, example: Example) -> str:
+        return (
+            "Fill every 0 of this 4x4 sudoku with a digit from 1 to 4, so that each row, each column and each of the "
+            f"four 2x2 boxes holds each digit once:\n{lines(example['puzzle'])}\n"
+            "Answer with the full grid in four lines of four digits, between <answer> and </answer>."
+        )
+
+    def reply(self, example: Example) -> str:
+        if "<answer>" in self.style.reply:
+            return self.style.write("Filling the blanks one after another.", lines(example["solution"]))
+        return f"<answer>\n{lines(example['solution'])}\n</answer>"
+
+    def grade(self, example: Example, completion: str) -> float:
+        reply = self.whole_reply(example, completion)
+        runs = (re.sub(r"[\s|,]", "", run) for run in _CELLS.findall((marked(reply, hashes=False) or reply)[-LIMIT:]))
+        grids = [run for run in runs if len(run) == 16]
+        if not grids:
+            return 0.0
+        cells = grids[-1]
+        right = [c == s for c, p, s in zip(cells, example["puzzle"], example["solution"], strict=True) if p == "0"]
+        return sum(right) / len(right) if self.score == "cells" else float(cells == example["solution"])
+
+
+def lines(cells: str) -> str:
+    """Sixteen cells as four lines.
+
+    >>> lines("1234341221434321")
+    '1234\\n3412\\n2143\\n4321'
+    """
+    return "\n".join(cells[i : i + 4] for i in range(0, 16, 4))

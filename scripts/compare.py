@@ -1,0 +1,58 @@
+"""One comparable table of several training runs, best reward first, means and standard deviations over seeds.
+
+    python scripts/train.py -m agent=grpo,upo,ppo reward.alpha=0.3,1,3 seed=0,1,2
+    python scripts/compare.py runs=multirun/train/2026-01-01_12-00-00 table=comparison.md
+
+The columns are the settings in which the runs differ. Minutes are those of the training, without the evaluation.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, ListConfig
+from rich.console import Console
+from rich.table import Table
+
+from agents.comparison import Run, as_text, over_seeds, read_runs
+from agents.evaluation import atomically
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def comma_separated(rows: list[Run]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="compare")
+def main(cfg: DictConfig) -> None:
+    folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    suffix = Path(cfg.table).suffix if cfg.table else ".md"
+    if suffix not in (".md", ".csv"):
+        raise ValueError(f"table={cfg.table!r} is not valid: a file name that ends in .csv or .md")
+    rows = over_seeds(read_runs(folders, cfg.evaluated))
+    texts = [as_text(row) for row in rows]
+    table = Table(title=f"policy ({cfg.evaluated}) of every run, mean ± standard deviation over seeds")
+    for name in texts[0]:
+        table.add_column(name, justify="left" if name in rows[0] and isinstance(rows[0][name], str) else "right")
+    for text in texts:
+        table.add_row(*text.values())
+    Console(width=160).print(table)
+    if cfg.table:
+        content = markdown(texts) if suffix == ".md" else comma_separated(rows)
+        atomically(Path(cfg.table), lambda path: path.write_text(content))
+        print(f"written: {cfg.table}")
+
+
+if __name__ == "__main__":
+    main()

