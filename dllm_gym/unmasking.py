@@ -8,6 +8,7 @@ a lane's tokens do not depend on its company. The faces (:mod:`~dllm_gym.env`, :
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -24,6 +25,8 @@ from dllm_gym.render import END, Frame
 from dllm_gym.rewards import Reward, make_reward
 from dllm_gym.tasks import Task, make_task
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EnvConfig:
@@ -34,6 +37,7 @@ class EnvConfig:
         task: name of a task or a :class:`~dllm_gym.tasks.Task`.
         split: the task's split that prompts come from.
         gen_length: L, tokens of a completion; the task's own length by default.
+        max_prompt_length: leave out examples whose prompt, template included, has more tokens; None keeps all.
         block_length: BL, must divide L; only the first block with masks may be unmasked. L (full diffusion) by default.
         top_k: K, how many of the largest probabilities are observed per position.
         temperature: of the proposed tokens; 0 is greedy.
@@ -53,6 +57,7 @@ class EnvConfig:
     task: str | Task = "sudoku"
     split: str = "train"
     gen_length: int | None = None
+    max_prompt_length: int | None = None
     block_length: int | None = None
     top_k: int = 1
     temperature: float = 0.0
@@ -175,6 +180,7 @@ class Unmasking:
     Attributes:
         tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
         steps: int64 [B], steps of the running episode (its NFE).
+        examples: those of the split that are in use; ``dropped`` of them had too long a prompt.
     """
 
     def __init__(self, num_lanes: int, config: EnvConfig):
@@ -199,9 +205,23 @@ class Unmasking:
         self.dllm = load_dllm(config.model, config.device, config.dtype)
         if self.sampling.top_k > self.dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
-        self.examples = self.task.examples(config.split).to_list()
+        self.examples = self._within(self.task.examples(config.split).to_list(), config.max_prompt_length)
         self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
         self._allocate(config.kl)
+
+    def _within(self, examples: list[Any], most: int | None) -> list[Any]:
+        """The examples whose prompt has at most ``most`` tokens."""
+        self.dropped = 0
+        if most is None:
+            return examples
+        positive("max_prompt_length", most)
+        kept = [example for example in examples if len(self.dllm.encode(self.task.prompt(example))) <= most]
+        self.dropped = len(examples) - len(kept)
+        if not kept:
+            raise ValueError(f"max_prompt_length={most}: every prompt of task {self.task.name!r} has more tokens")
+        if self.dropped:
+            log.warning("max_prompt_length=%d drops %d of %d examples", most, self.dropped, len(examples))
+        return kept
 
     def _allocate(self, history: int) -> None:
         B, L, device = self.B, self.L, self.dllm.device

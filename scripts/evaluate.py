@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
         policy, trained = load_policy(cfg.checkpoint)
         take_over(cfg, trained)
         if cfg.temperature is not None:
-            trained.distribution.temperature = cfg.temperature
+            trained.distribution.evaluate_temperature = cfg.temperature
         deciders = {**policy_deciders(policy, trained.distribution), **deciders}
     run, device = prepare(cfg)
     if cfg.checkpoint is not None:

@@ -71,10 +71,11 @@ def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mappin
     settings = cfg.evaluation
     needs = requirements(deciders.values())
     envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
-    if not 1 <= settings.examples <= len(envs.core.examples):
-        raise ValueError(
-            f"evaluation.examples={settings.examples}: split {settings.split!r} has {len(envs.core.examples)} examples"
-        )
+    total = len(envs.core.examples)
+    if settings.examples is None:
+        settings.examples = total
+    if not 1 <= settings.examples <= total:
+        raise ValueError(f"evaluation.examples={settings.examples}: split {settings.split!r} has {total} examples")
     for decider in deciders.values():
         evaluate(envs, decider, [0])
     return envs
@@ -92,8 +93,9 @@ def heuristics(cfg: DictConfig) -> dict[str, Decider]:
 def policy_deciders(policy: Policy, distribution: DictConfig) -> dict[str, Decider]:
     """The policy as it is evaluated: greedy and sampled."""
     settings = hydra.utils.instantiate(distribution)
+    temperature = settings.evaluate_temperature
     return {
-        f"policy({how})": PolicyDecider(policy, settings.evaluate, settings.temperature, greedy=how == "greedy")
+        f"policy({how})": PolicyDecider(policy, settings.evaluate, temperature, greedy=how == "greedy")
         for how in ("greedy", "sampled")
     }
 

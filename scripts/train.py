@@ -103,7 +103,8 @@ def main(cfg: DictConfig) -> float:
     policy = make_policy(cfg, device)
     warm_start(cfg, policy)
     make_algorithm(cfg, copy.deepcopy(policy))  # a combination that makes no sense is named now
-    envs = make_envs(cfg, device, num_envs=cfg.num_envs, split="train", **requirements([policy]))
+    settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
+    envs = make_envs(cfg, device, **settings, **requirements([policy]))
     deciders = {**policy_deciders(policy, cfg.distribution), **heuristics(cfg)}
     test_envs = make_evaluation_envs(cfg, device, deciders)
     for stale in run.glob("results.*"):  # of an earlier run in the same folder

@@ -97,7 +97,7 @@ def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path
 
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
     half = tmp_path / "half"
-    call("train", half, *SMALL, "agent.algorithm.scheduler.T_max=2", "rounds=1")
+    call("train", half, *SMALL, "agent.algorithm.scheduler.num_training_steps=2", "rounds=1")
     call("train", half, *SMALL, f"resume={half}")  # in its own folder: the metrics go on
     whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
     assert (half / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole

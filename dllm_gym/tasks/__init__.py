@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from dllm_gym.tasks.arithmetic import Arithmetic
 from dllm_gym.tasks.base import Example, ProceduralTask, Task
+from dllm_gym.tasks.code import MBPP, CodeTask, HumanEval, KodCode
 from dllm_gym.tasks.countdown import Countdown
 from dllm_gym.tasks.dataset import DatasetTask, PromptStyle, Source
 from dllm_gym.tasks.gsm8k import GSM8K
@@ -27,6 +28,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "gsm8k": GSM8K,
     "math": Math,
     "gsm8k_math": gsm8k_math,
+    "humaneval": HumanEval,
+    "mbpp": MBPP,
+    "kodcode": KodCode,
     "countdown": Countdown,
     "sudoku4_csv": SudokuFile,
     "reasoning_gym": ReasoningGym,
@@ -75,10 +79,14 @@ def make_task(task: str | Task) -> Task:
 __all__ = [
     "TASKS",
     "Arithmetic",
+    "CodeTask",
     "Countdown",
     "DatasetTask",
     "Example",
     "GSM8K",
+    "HumanEval",
+    "KodCode",
+    "MBPP",
     "Math",
     "Mixture",
     "ProceduralTask",
