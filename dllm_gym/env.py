@@ -145,6 +145,14 @@ class DLLMUnmaskEnv(gym.Env):
     def _observation(self) -> dict[str, np.ndarray]:
         return {name: value[0].cpu().numpy() for name, value in self.core.observe().items()}
 
+    def action_masks(self) -> np.ndarray:
+        """bool [2 L]: for every position whether its bit may be 0 (always), and whether it may be 1.
+
+        This is how sb3-contrib's MaskablePPO wants to be told about a MultiBinary action space.
+        """
+        legal = self.core.observe()["action_mask"][0].cpu().numpy().astype(bool)  # (L,)
+        return np.stack([np.ones_like(legal), legal], -1).reshape(-1)
+
     def last_completion(self) -> str | None:
         """The text of the last finished episode (None before the first)."""
         return self.core.completions[0]

@@ -96,11 +96,14 @@ def test_importing_is_light_and_silent():
     assert loaded("import dllm_gym.vector_env, agents.heuristics, agents.policies", ["torchrl", "hydra"]) == "[]\n"
 
 
-SHOWN = [*files("dllm_gym/tasks"), *(ROOT / f"dllm_gym/{name}.py" for name in ("env", "vector_env", "torchrl_env"))]
+FACES = ("env", "vector_env", "torchrl_env", "sb3_env")
+SHOWN = [*files("dllm_gym/tasks"), *(ROOT / f"dllm_gym/{name}.py" for name in FACES)]
 
 
 @pytest.mark.parametrize("path", files("dllm_gym", "agents"), ids=module_name)
 def test_examples_in_docstrings_run(path):
+    if path.stem == "sb3_env":
+        pytest.importorskip("stable_baselines3", reason="the adapter needs Stable-Baselines3")
     result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.failed == 0
     assert result.attempted or path not in SHOWN or path.stem in ("__init__", "base"), "show how it is used"

@@ -304,6 +304,19 @@ def test_masks_leave_sb3_contribs_bernoulli_exactly_the_legal_bits(contrib, make
     assert samples.amin(0).sum() == 0  # every bit may be 0
 
 
+def test_maskable_ppo_reads_the_masks_of_the_single_environment(contrib):
+    env = gym.make("DLLMUnmask-v0", block_length=10)
+    sent = []
+
+    class Recorded(gym.Wrapper):
+        def step(self, action):
+            sent.append((self.env.unwrapped.core.observe()["action_mask"][0].numpy(), np.array(action)))
+            return super().step(action)
+
+    contrib.MaskablePPO("MultiInputPolicy", Recorded(env), **SMALL).learn(32)
+    assert len(sent) >= 32 and not any((action > legal).any() for legal, action in sent)
+
+
 def test_sb3_ppo_trains_on_the_single_environment(sb3):
     model = sb3.PPO("MultiInputPolicy", gym.make("DLLMUnmask-v0"), **{**SMALL, "batch_size": 16}).learn(32)
     assert len(model.ep_info_buffer) >= 1
