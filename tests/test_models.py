@@ -273,3 +273,8 @@ def test_loading_is_silent():
     code = "from dllm_gym.models import load_dllm; load_dllm('tiny')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "" and done.stderr == ""
+
+
+def test_a_prompt_that_the_vocabulary_cannot_write_is_named(tiny):
+    with pytest.raises(ValueError, match="no tokens for the prompt 'What"):
+        tiny.encode("What is 2 + 2?")

@@ -24,7 +24,7 @@ class OrderedPair(nn.Module):
         super().__init__()
         self.one, self.two, self.mask_id = vocabulary["1"], vocabulary["2"], mask_id
         size = len(vocabulary)
-        self.config = SimpleNamespace(vocab_size=size, hidden_size=size, max_position_embeddings=16)
+        self.config = SimpleNamespace(vocab_size=size, hidden_size=size, max_position_embeddings=128)
         self.register_parameter("device_holder", nn.Parameter(torch.zeros(1)))
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False):

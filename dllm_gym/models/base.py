@@ -112,13 +112,16 @@ class DLLM:
         """Token ids of a prompt; in the chat template, when the tokenizer has one, a text is the user's only turn.
 
         Raises:
-            ValueError: the template refuses a role, or leaves a turn out.
+            ValueError: the template refuses a role, or leaves a turn out; the vocabulary lacks a character.
         """
         text = str(prompt)
         if getattr(self.tokenizer, "chat_template", None):
             chat = Chat((("user", prompt),)) if isinstance(prompt, str) else prompt
             text = self._in_template(chat.turns) + chat.prefill
-        return self.tokenizer.encode(text, add_special_tokens=False)  # a template writes its own
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)  # a template writes its own
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise ValueError(f"this dLLM's tokenizer has no tokens for the prompt {text[:40]!r}...: {error}") from None
 
     def _in_template(self, turns: Iterable[tuple[str, str]]) -> str:
         from jinja2 import TemplateError
