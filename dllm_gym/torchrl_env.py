@@ -19,10 +19,10 @@ from dllm_gym.vector_env import check_action
 class DLLMUnmaskTorchRLEnv(EnvBase):
     """``DLLMUnmask-v0`` as a TorchRL environment of batch size [N]; tensors stay on the dLLM's device.
 
-    Observation entries as in :class:`~dllm_gym.env.DLLMUnmaskEnv`, ``action`` int8 [N, L] of 0 and 1,
-    ``reward`` float32 [N, 1]. Two more observation entries describe the episode that just ended (0 otherwise): ``score`` float32 [N, 1] and
-    ``nfe`` int64 [N, 1]. Finished lanes are reset by whoever drives the environment (``rollout``, collectors), through
-    ``_reset``, and draw their next prompt from their own generator.
+    Observation entries as in :class:`~dllm_gym.env.DLLMUnmaskEnv`, ``action`` int8 [N, L] of 0 and 1, ``reward``
+    float32 [N, 1]. Two more observation entries describe the episode that just ended (0 otherwise): ``score`` float32
+    [N, 1] and ``nfe`` int64 [N, 1]. Finished lanes are reset by whoever drives the environment (``rollout``,
+    collectors), through ``_reset``, and draw their next prompt from their own generator.
 
     >>> from dllm_gym.torchrl_env import DLLMUnmaskTorchRLEnv
     >>> env = DLLMUnmaskTorchRLEnv(num_envs=4)
