@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchrl.objectives import A2CLoss as TorchRLA2CLoss
 
 from agents.actor_critic import ActorCritic, make_critic
+from agents.algorithm import scale
 from agents.losses import Descent, EpisodeMean
 from agents.reinforce import entropy_settings
 
@@ -48,6 +49,8 @@ class A2C(ActorCritic):
     ):
         if descent.get("epochs", 1) != 1:
             raise ValueError(f"epochs={descent['epochs']} is not valid: A2C takes one step per round; use ppo")
+        if not scale("critic_scale", critic_scale):
+            raise ValueError("critic_scale=0 is not valid: advantages need a critic that learns")
         critic = make_critic(actor)
         loss = A2CLoss(
             actor,

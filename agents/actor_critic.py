@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from agents.advantages import generalized_advantage
-from agents.algorithm import Algorithm
+from agents.algorithm import Algorithm, flag
 from agents.losses import Descent, in_chunks, pack
 
 if TYPE_CHECKING:
@@ -66,24 +66,26 @@ class ActorCritic(Algorithm):
         normalize: bool,
     ):
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} is not valid: it must be in [0, 1]")
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} is not valid: it must be in [0, 1]")
         super().__init__(actor, descent)
-        self.critic, self.gamma, self.lmbda, self.normalize = critic, gamma, lmbda, normalize
+        self.critic, self.gamma, self.lmbda = critic, gamma, lmbda
+        self.normalize = flag("normalize", normalize)
 
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
-        """See :meth:`Algorithm.update`; ``explained_variance`` says how much of the returns the critic foresaw."""
+        """See :meth:`Algorithm.update`; ``explained_variance`` is the share of the returns' that the critic foresaw."""
         active = batch["active"]  # (E, T)
         batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
         value = reward.new_zeros(active.shape)
         value[active] = in_chunks(self._value, batch.exclude("active")[active], self.descent.chunk)
         advantage, target = generalized_advantage(value, reward, active, self.gamma, self.lmbda)
-        surprise = advantage[active].var(correction=0) / target[active].var(correction=0).clamp_min(1e-8)
+        spread = float(target[active].var(correction=0))
+        surprise = float(advantage[active].var(correction=0)) / spread if spread else float("nan")
         if self.normalize:
             seen = advantage[active]
             advantage = (advantage - seen.mean()) / (seen.std(correction=0) + 1e-8)
         batch = batch.set("advantage", advantage).set("value_target", target)
-        return {**self.descent.run(pack(batch)), "explained_variance": 1 - float(surprise)}
+        return {**self.descent.run(pack(batch)), "explained_variance": 1 - surprise}
 
     def _value(self, steps: TensorDictBase) -> Tensor:
         return self.critic(steps.select(*self.critic.in_keys))["state_value"].squeeze(-1)  # (N,)

@@ -27,6 +27,9 @@ def group_advantage(reward: Tensor, group: Tensor, normalize: bool = False) -> t
     informative = highest > torch.where(same, reward, torch.inf).amin(-1)
     advantage = torch.where(informative, reward - mean, 0)
     if normalize:
+        # Scaled to its largest first: rewards may be as small as (1 / L) ** alpha, whose squares are 0 in float32.
+        largest = torch.where(same, advantage.abs(), 0).amax(-1)
+        advantage = advantage / torch.where(informative, largest, 1)
         variance = torch.where(same, advantage**2, 0).sum(-1) / (same.sum(-1) - 1).clamp_min(1)
         advantage = advantage / torch.where(informative, variance, 1).sqrt()
     return advantage, informative

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tensordict import TensorDictBase
@@ -26,15 +27,33 @@ class Algorithm:
 
     Attributes:
         observes: observation entries that rollouts have to record.
+        compares: whether it learns from differences within a group only, so that equal rewards teach it nothing.
+        requires: settings of the environment that it needs besides the policy's, as the least value of each.
     """
+
+    compares: bool = False
+    requires: Mapping[str, int] = {}
 
     def __init__(self, actor: ProbabilisticActor, descent: Descent, also: tuple[str, ...] = ()):
         self.actor, self.descent = actor, descent
         self.observes = list(dict.fromkeys([*actor.in_keys, *also]))
 
     def players(self, policy: PolicyDecider, group_size: int) -> list[tuple[Player, int]]:
-        """Who plays the round's episodes, and how many of each prompt: by default the policy, ``group_size`` times."""
-        return [(policy, group_size)]
+        """Who plays the round's episodes, and how many of each prompt: by default the policy, ``group_size`` times.
+
+        Raises:
+            ValueError: the algorithm compares episodes of one prompt, and there is only one.
+        """
+        players: list[tuple[Player, int]] = [(policy, group_size)]
+        return self.check_group(players)
+
+    def check_group(self, players: list[tuple[Player, int]]) -> list[tuple[Player, int]]:
+        """``players`` if they are enough for an algorithm that compares."""
+        if self.compares and sum(count for _, count in players) < 2:
+            raise ValueError(
+                f"{type(self).__name__} compares the episodes of one prompt: agent.group_size must be at least 2"
+            )
+        return players
 
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
         """Learn from one round of episodes.
@@ -55,6 +74,20 @@ class Algorithm:
 
     def load_state_dict(self, state: dict) -> None:
         self.descent.load_state_dict(state)
+
+
+def flag(name: str, value: bool) -> bool:
+    """``value`` if it is a truth value (YAML's bare words ``no`` and ``off`` arrive here as texts)."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not valid: true or false")
+    return value
+
+
+def scale(name: str, value: float) -> float:
+    """``value`` if it is a finite weight of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value!r} is not valid: a finite weight >= 0")
+    return float(value)
 
 
 def per_step(value: Tensor, batch: TensorDictBase) -> Tensor:

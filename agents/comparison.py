@@ -4,56 +4,72 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-Run = dict[str, Any]
 MEASURED = ("accuracy", "nfe", "reward", "episodes", "row_forwards", "minutes")
+# Settings that change how fast a run is or what is written about it, not what it learns.
+ASIDE = ("seed", "resume", "device", "threads", "checkpoint_every", "heuristics", "logger")
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it lies. seed: its seed.
+        config: its resolved configuration without what does not change its outcome.
+        choices: what was chosen on its command line, ``name -> value``, without the same.
+        measured: the entries of ``MEASURED``.
+    """
+
+    folder: Path
+    seed: int
+    config: dict[str, Any]
+    choices: dict[str, str]
+    measured: dict[str, float]
 
 
 def read_runs(folders: Iterable[str | Path], evaluated: str) -> list[Run]:
-    """Every finished run below ``folders``: the settings that differ between them, its seed and what it measured.
+    """Every finished run of scripts/train.py below ``folders``.
 
     Args:
         evaluated: which evaluation of the policy counts: ``"greedy"``, ``"sampled"``, or ``"best"`` (more reward).
 
     Raises:
-        ValueError: no finished run there, or a run without such a row.
+        ValueError: no finished run there, or ``evaluated`` is none of these.
     """
+    if evaluated not in ("greedy", "sampled", "best"):
+        raise ValueError(f"evaluated={evaluated!r} is not valid: greedy, sampled or best")
     paths = sorted({path.parent for folder in folders for path in Path(folder).rglob("results.json")})
-    paths = [path for path in paths if (path / "metrics.csv").exists()]
+    paths = [path for path in paths if (path / "metrics.csv").exists() and (path / "config.yaml").exists()]
     if not paths:
         raise ValueError(f"runs={[str(f) for f in folders]}: no finished run of scripts/train.py below")
-    choices = [choices_of(path) for path in paths]
-    names = [n for n in dict.fromkeys(n for c in choices for n in c) if n != "seed"]
-    differing = [n for n in names if len({c.get(n, "") for c in choices}) > 1]
-    return [
-        {**{n: c.get(n, "") for n in differing}, "seed": c.get("seed", ""), **measured(path, evaluated)}
-        for path, c in zip(paths, choices, strict=True)
-    ]
+    return [read_run(path, evaluated) for path in paths]
 
 
-def choices_of(run: Path) -> dict[str, str]:
-    """What the user chose on the command line or in the sweep, ``name -> value``."""
-    import yaml
+def read_run(folder: Path, evaluated: str) -> Run:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    seed = config["seed"]
+    overrides = folder / ".hydra" / "overrides.yaml"
+    lines = yaml.safe_load(overrides.read_text()) if overrides.exists() else []
+    pairs = (line.lstrip("+~").partition("=") for line in lines or [])
+    choices = {name: value for name, _, value in pairs if name.partition(".")[0] not in ASIDE}
+    outcome = {name: value for name, value in config.items() if name not in ASIDE}
+    return Run(folder, seed, outcome, choices, measure(folder, evaluated))
 
-    lines = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text()) or []
-    pairs = (line.lstrip("+~").partition("=") for line in lines)
-    return {name: value for name, _, value in pairs if not name.startswith("hydra.")}
 
-
-def measured(run: Path, evaluated: str) -> dict[str, float]:
+def measure(folder: Path, evaluated: str) -> dict[str, float]:
     """Accuracy, NFE and reward of a run's policy, and what its training took."""
-    rows = json.loads((run / "results.json").read_text())
+    rows = json.loads((folder / "results.json").read_text())
     names = [f"policy({how})" for how in ("greedy", "sampled") if evaluated in (how, "best")]
-    chosen = [row for row in rows if row["name"] in names]
-    if not chosen:
-        raise ValueError(f"evaluated={evaluated!r}: {run} has {', '.join(row['name'] for row in rows)}")
-    row = max(chosen, key=lambda row: row["reward"])
-    with (run / "metrics.csv").open(newline="") as file:
+    row = max((row for row in rows if row["name"] in names), key=lambda row: row["reward"])
+    with (folder / "metrics.csv").open(newline="") as file:
         rounds = list(csv.DictReader(file))
     total = {name: sum(float(r[name]) for r in rounds) for name in ("episodes", "row_forwards", "seconds")}
     return {
@@ -63,38 +79,75 @@ def measured(run: Path, evaluated: str) -> dict[str, float]:
     }
 
 
-def over_seeds(runs: Sequence[Run]) -> list[Run]:
-    """Means over the runs that differ in their seed only, with the standard deviation of accuracy, NFE and reward."""
-    settings = [n for n in runs[0] if n not in (*MEASURED, "seed")]
-    groups: dict[tuple, list[Run]] = {}
+@dataclass
+class Row:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        label: the choices in which the rows of the table differ. seeds: how many different ones.
+        mean, deviation: of the entries of ``MEASURED`` over the seeds (standard deviation; NaN for one seed).
+    """
+
+    label: dict[str, str]
+    seeds: int
+    mean: dict[str, float]
+    deviation: dict[str, float]
+
+
+def over_seeds(runs: Sequence[Run]) -> list[Row]:
+    """One row per configuration, more reward first where all were paid by the same reward.
+
+    Raises:
+        ValueError: one configuration was run twice with the same seed.
+    """
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(run[n] for n in settings), []).append(run)
-    table = []
-    for key, members in groups.items():
-        row: Run = dict(zip(settings, key, strict=True)) | {"seeds": len(members)}
-        for name in MEASURED:
-            values = [member[name] for member in members]
-            row[name] = float(np.mean(values))
-            if name in ("accuracy", "nfe", "reward"):
-                row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-        table.append(row)
-    return sorted(table, key=lambda row: -row["reward"])
+        groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
+    labels = label([members[0] for members in groups.values()])
+    rows = [summarise(members, text) for members, text in zip(groups.values(), labels, strict=True)]
+    comparable = len({json.dumps(run.config["reward"], sort_keys=True) for run in runs}) == 1
+    return sorted(rows, key=lambda row: -row.mean["reward"]) if comparable else rows
 
 
-def as_text(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of ``over_seeds`` for people."""
+def label(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The choices that tell one run per configuration apart; their folders as well where choices do not suffice."""
+    names = dict.fromkeys(name for run in runs for name in run.choices)
+    differing = [name for name in names if len({run.choices.get(name) for run in runs}) > 1]
+    labels = [{name: run.choices.get(name, "") for name in differing} for run in runs]
+    if len({tuple(text.values()) for text in labels}) < len(labels):
+        labels = [{**text, "run": run.folder.name} for text, run in zip(labels, runs, strict=True)]
+    return labels
+
+
+def summarise(runs: Sequence[Run], text: dict[str, str]) -> Row:
+    seeds = [run.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        twice = sorted(str(run.folder) for run in runs if seeds.count(run.seed) > 1)
+        raise ValueError(f"the same configuration and seed twice: {', '.join(twice)}; name the runs one by one")
+    columns = {name: [run.measured[name] for run in runs] for name in MEASURED}
+    deviation = {name: float(np.std(c, ddof=1)) if len(c) > 1 else float("nan") for name, c in columns.items()}
+    return Row(text, len(seeds), {name: float(np.mean(c)) for name, c in columns.items()}, deviation)
+
+
+def as_numbers(row: Row) -> dict[str, Any]:
+    """A row for a file."""
+    spread = {f"{name}_sd": row.deviation[name] for name in ("accuracy", "nfe", "reward")}
+    return {**row.label, "seeds": row.seeds, **{f"mean_{n}": v for n, v in row.mean.items()}, **spread}
+
+
+def as_text(row: Row) -> dict[str, str]:
+    """A row for people."""
 
     def spread(name: str, digits: int) -> str:
-        deviation = "" if np.isnan(row[f"{name}_sd"]) else f" ± {row[f'{name}_sd']:.{digits}f}"
-        return f"{row[name]:.{digits}f}{deviation}"
+        deviation = "" if np.isnan(row.deviation[name]) else f" ± {row.deviation[name]:.{digits}f}"
+        return f"{row.mean[name]:.{digits}f}{deviation}"
 
-    settings = {n: str(v) for n, v in row.items() if isinstance(v, str)}
-    return settings | {
-        "seeds": str(row["seeds"]),
+    return row.label | {
+        "seeds": str(row.seeds),
         "accuracy": spread("accuracy", 3),
         "NFE": spread("nfe", 2),
-        "reward": spread("reward", 3),
-        "episodes": f"{row['episodes']:,.0f}",
-        "forwards": f"{row['row_forwards']:,.0f}",
-        "minutes": f"{row['minutes']:.1f}",
+        "mean reward": spread("reward", 3),
+        "episodes": f"{row.mean['episodes']:,.0f}",
+        "forwards": f"{row.mean['row_forwards']:,.0f}",
+        "minutes": f"{row.mean['minutes']:.1f}",
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
-from agents.algorithm import Algorithm, per_step
+from agents.algorithm import Algorithm, flag, per_step, scale
 from agents.losses import Descent, GRPOLoss, ReferenceKL, Sum, in_chunks, log_likelihood, pack
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class GRPO(Algorithm):
         ValueError: a setting is out of range.
     """
 
+    compares = True
+
     def __init__(
         self,
         actor: ProbabilisticActor,
@@ -45,9 +47,8 @@ class GRPO(Algorithm):
         kl_scale: float = 0.0,
         **descent: Any,
     ):
-        if not 0 <= kl_scale < float("inf"):
-            raise ValueError(f"kl_scale={kl_scale} is not valid: a finite weight >= 0")
-        self.normalize = normalize
+        scale("kl_scale", kl_scale)
+        self.normalize = flag("normalize", normalize)
         loss: nn.Module = GRPOLoss(
             actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False
         )
@@ -62,8 +63,6 @@ class GRPO(Algorithm):
 
         If no group is informative nothing is learnt, and the metrics of a gradient step are absent.
         """
-        if len(group) and len(group.unique()) == len(group):
-            raise ValueError("GRPO compares the episodes of one prompt: agent.group_size must be at least 2")
         advantage, informative = group_advantage(reward, group, self.normalize)
         batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
         batch["advantage"] = per_step(advantage, batch)
@@ -84,7 +83,9 @@ def share(chosen: Tensor) -> float:
 
 def check_clip(clip_epsilon: float | Sequence[float]) -> float | tuple[float, float]:
     """``clip_epsilon`` in the form that TorchRL takes; ValueError if it is out of range."""
-    low, high = (clip_epsilon, clip_epsilon) if isinstance(clip_epsilon, int | float) else tuple(clip_epsilon)
-    if not (0 < low < 1 and 0 < high < float("inf")) or (low == high and not high < 1):
-        raise ValueError(f"clip_epsilon={clip_epsilon} is not valid: in (0, 1), or a pair (low in (0, 1), high > 0)")
-    return float(low) if isinstance(clip_epsilon, int | float) else (float(low), float(high))
+    single = isinstance(clip_epsilon, int | float)
+    pair = (clip_epsilon, clip_epsilon) if single else clip_epsilon
+    numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(e, int | float) for e in pair)
+    if not numbers or not 0 < pair[0] < 1 or not 0 < pair[1] < (1 if single else float("inf")):
+        raise ValueError(f"clip_epsilon={clip_epsilon!r} is not valid: in (0, 1), or a pair [low in (0, 1), high > 0]")
+    return float(pair[0]) if single else (float(pair[0]), float(pair[1]))

@@ -105,7 +105,7 @@ class GRPOWithExpert(GRPO):
         expert: Expert,
         **settings: Any,
     ):
-        self.expert = expert
+        self.expert, self.requires = expert, getattr(expert, "requires", {})
         super().__init__(steered(actor), optimizer, **settings)
         self.observes = list(actor.in_keys)  # the shares are no observation
 

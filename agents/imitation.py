@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from agents.policies import PolicyDecider
     from agents.rollout import Player
 
+IMPOSSIBLE = -1e5  # log-probabilities below it are those of positions that a policy rules out
 Expert = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
@@ -42,11 +43,11 @@ class Demonstration:
         action = ((self.expert(observation, noise) != 0) & (observation["action_mask"] != 0)).to(torch.int8)
         distribution = self.policy.distribution(observation)
         log_prob = distribution.log_prob(action)
-        if not log_prob.isfinite().all():
+        if not (log_prob > IMPOSSIBLE).all():
             raise ValueError(
                 f"distribution={type(distribution).__name__} never takes the actions of the expert {self.expert}: "
                 "ordered and one-position distributions need an expert that unmasks one position per step, such as "
-                "top_k(1); the others one that unmasks at least one"
+                "top_k(1), the others one that unmasks at least one; and it must stay within the policy's candidates"
             )
         return action, log_prob
 
@@ -70,7 +71,7 @@ class Imitation(Algorithm):
         expert: Expert,
         **descent: Any,
     ):
-        self.expert = expert
+        self.expert, self.requires = expert, getattr(expert, "requires", {})
         super().__init__(actor, Descent(Likelihood(actor, "imitation"), optimizer, **descent))
 
     def players(self, policy: PolicyDecider, group_size: int) -> list[tuple[Player, int]]:

@@ -13,23 +13,28 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import ClipPPOLoss
 
+from dllm_gym.unmasking import positive
+
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
 
-def pack(batch: TensorDictBase, keep: Tensor | None = None) -> TensorDict:
+def pack(batch: TensorDictBase, keep: Tensor | None = None, summed: bool = False) -> TensorDict:
     """The active steps of a batch of episodes, one after the other, each with its ``weight`` in the mean.
 
     Args:
         batch: [E, T] with ``active`` bool [E, T].
         keep: bool [E], episodes to keep. The others still count in the mean: leaving out episodes whose loss has no
             gradient (advantage 0) is then a pure saving.
+        summed: sum over an episode's steps instead of their mean.
 
     Returns:
-        TensorDict [N] with ``weight`` float [N] = 1 / (E * active steps of the episode), without ``active``.
+        TensorDict [N] with ``weight`` float [N] = 1 / (E * active steps of the episode), or 1 / E if ``summed``;
+        without ``active``.
     """
     active = batch["active"]  # (E, T)
-    weight = 1 / (active.shape[0] * active.sum(-1, keepdim=True).clamp_min(1)).expand_as(active)
+    steps_of = torch.ones_like(active[:, :1], dtype=torch.long) if summed else active.sum(-1, keepdim=True)
+    weight = 1 / (active.shape[0] * steps_of.clamp_min(1)).expand_as(active)
     chosen = active if keep is None else active & keep[:, None]
     steps = batch.exclude("active")[chosen]
     return steps.set("weight", weight[chosen])
@@ -155,12 +160,11 @@ class Descent:
         max_grad_norm: float = 0.2,
         chunk: int | None = None,
     ):
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs} is not valid: gradient steps per round, >= 1")
-        if not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm} is not valid: it must be > 0")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk={chunk} is not valid: steps per forward, >= 1, or null for all at once")
+        positive("epochs", epochs)
+        if not isinstance(max_grad_norm, int | float) or not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} is not valid: it must be > 0")
+        if chunk is not None:
+            positive("chunk", chunk)
         self.loss, self.epochs, self.max_grad_norm, self.chunk = loss, epochs, max_grad_norm, chunk
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.optimizer = optimizer(self.parameters)
@@ -233,6 +237,14 @@ class Descent:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
+            # A run that is extended goes on at the rate that its new schedule has here.
+            for group, base, factor in zip(
+                self.optimizer.param_groups,
+                self.scheduler.base_lrs,
+                getattr(self.scheduler, "lr_lambdas", []),
+                strict=False,
+            ):
+                group["lr"] = base * factor(self.scheduler.last_epoch)
 
 
 def _accumulate(total: dict[str, Tensor], key: str, value: Tensor, share: float) -> None:

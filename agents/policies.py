@@ -581,10 +581,17 @@ def make_actor(
         in_keys=["logits", "action_mask"],
         out_keys=["action"],
         distribution_class=distribution_class,
-        distribution_kwargs={"temperature": temperature},
+        distribution_kwargs={"temperature": check_temperature(temperature)},
         return_log_prob=True,
         default_interaction_type=InteractionType.RANDOM,
     )
+
+
+def check_temperature(temperature: float) -> float:
+    """``temperature`` if logits can be divided by it; ValueError otherwise."""
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature!r} is not valid: a finite number > 0, logits are divided by it")
+    return temperature
 
 
 class PolicyDecider:
@@ -605,7 +612,7 @@ class PolicyDecider:
         greedy: bool = False,
     ):
         self.policy, self.distribution_class = policy, distribution_class
-        self.temperature, self.greedy = temperature, greedy
+        self.temperature, self.greedy = check_temperature(temperature), greedy
 
     @property
     def requires(self) -> dict[str, int]:

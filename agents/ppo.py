@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torchrl.objectives import ClipPPOLoss
 
 from agents.actor_critic import ActorCritic, make_critic
+from agents.algorithm import scale
 from agents.grpo import check_clip
 from agents.losses import Descent, EpisodeMean
 from agents.reinforce import entropy_settings
@@ -46,6 +47,8 @@ class PPO(ActorCritic):
         normalize: bool = True,
         **descent: Any,
     ):
+        if not scale("critic_scale", critic_scale):
+            raise ValueError("critic_scale=0 is not valid: advantages need a critic that learns")
         critic = make_critic(actor)
         loss = PPOLoss(
             actor,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torchrl.objectives import PPOLoss
 
 from agents.advantages import leave_one_out_advantage
-from agents.algorithm import Algorithm, per_step
+from agents.algorithm import Algorithm, per_step, scale
 from agents.losses import Descent, EpisodeMean, pack
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 class PolicyGradientLoss(EpisodeMean, PPOLoss):
     """-advantage * ratio: at the parameters that played (ratio 1) its gradient is REINFORCE's.
+
+    Steps are summed within an episode. The papers' mean over an episode's steps would weigh episodes by a length that
+    the policy controls, which is no longer the gradient of the expected reward.
 
     (TorchRL's own ``ReinforceLoss`` insists on a critic.)
     """
@@ -58,13 +61,12 @@ class Reinforce(Algorithm):
         """See :meth:`Algorithm.update`."""
         batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
         batch["advantage"] = per_step(leave_one_out_advantage(reward, group), batch)
-        return self.descent.run(pack(batch))
+        return self.descent.run(pack(batch, summed=True))
 
 
 def entropy_settings(entropy_scale: float, actor: ProbabilisticActor) -> dict[str, Any]:
     """The entropy bonus in the words of TorchRL's losses."""
-    if not 0 <= entropy_scale < float("inf"):
-        raise ValueError(f"entropy_scale={entropy_scale} is not valid: a finite weight >= 0")
+    scale("entropy_scale", entropy_scale)
     distribution = actor[-1].distribution_class
     if entropy_scale and distribution.entropy is Distribution.entropy:
         # TorchRL would estimate it from samples, a value without a useful gradient.

@@ -96,15 +96,26 @@ def episode_metrics(results: Sequence[Results]) -> dict[str, float]:
     }
 
 
-class Metrics:
-    """Metrics of every round: a line of metrics.csv, the progress bar, and the logger if there is one."""
+def read_rounds(run: str | Path, count: int) -> list[dict[str, str]]:
+    """The first ``count`` rounds in a run's metrics.csv."""
+    path = Path(run) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["round"]) < count]
 
-    def __init__(self, path: Path, start: int, bar: tqdm, logger: Any):
+
+class Metrics:
+    """Metrics of every round: a line of metrics.csv, the progress bar, and the logger if there is one.
+
+    Args:
+        path: of metrics.csv. bar: the progress bar. logger: TorchRL's, or None.
+        before: rounds that an earlier run has done, as ``read_rounds`` gives them.
+    """
+
+    def __init__(self, path: Path, bar: tqdm, logger: Any, before: Sequence[dict[str, Any]] = ()):
         self.path, self.bar, self.logger = path, bar, logger
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():  # a run that goes on in its own folder
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["round"]) < start]
+        self.rows = list(before)
         self._write(self.rows, "w")
 
     def log(self, round_: int, results: Sequence[Results], update: Mapping[str, float]) -> None:
@@ -142,14 +153,24 @@ def save_checkpoint(run: Path, policy: Policy, algorithm: Algorithm, progress: d
     shutil.rmtree(old, ignore_errors=True)
 
 
+def checkpoint_of(run: str | Path) -> Path:
+    """Where a run's checkpoint lies: a crash while one is replaced leaves the one before beside it.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    for path in (Path(run) / CHECKPOINT, Path(run) / f"{CHECKPOINT}.old"):
+        if (path / "trainer.pt").is_file():
+            return path
+    raise ValueError(f"{str(run)!r} holds no {CHECKPOINT}: give a run folder of scripts/train.py")
+
+
 def resume(folder: str | None, algorithm: Algorithm, device: torch.device) -> dict[str, int]:
     """Load the state of a run; returns how many ``rounds`` it has done and ``prompts`` it has taken."""
     if folder is None:
         return {"rounds": 0, "prompts": 0}
-    path = Path(folder) / CHECKPOINT / "trainer.pt"
-    if not path.is_file():
-        raise ValueError(f"resume={folder!r}: {path} does not exist; give a run folder of scripts/train.py")
     try:
+        path = checkpoint_of(folder) / "trainer.pt"
         state = torch.load(path, map_location=device, weights_only=True)
         algorithm.load_state_dict(state["algorithm"])
         return {name: state[name] for name in ("rounds", "prompts")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
-from agents.algorithm import Algorithm, per_step
+from agents.algorithm import Algorithm, flag, per_step, scale
 from agents.distributions import OnePosition
 from agents.grpo import check_clip, share
 from agents.heuristics import first_k
@@ -41,7 +41,7 @@ class MaxConfidence(Reference):
     """Realization 1: cross-entropy towards the most confident position, -log pi(argmax confidence).
 
     The paper starts it from a policy that imitates that rule: ``agent.warm_start=`` a run of ``agent=imitation
-    agent/expert=max_confidence distribution=one_position``.
+    expert=max_confidence distribution=one_position``.
     """
 
     def loss(self, actor: ProbabilisticActor) -> nn.Module:
@@ -140,6 +140,8 @@ class UPO(Algorithm):
         ValueError: a setting is out of range, or the policy or its distribution does not fit.
     """
 
+    compares = True
+
     def __init__(
         self,
         actor: ProbabilisticActor,
@@ -153,10 +155,9 @@ class UPO(Algorithm):
     ):
         if not issubclass(actor[-1].distribution_class, OnePosition):
             raise ValueError("UPO chooses one position per step: use distribution=one_position")
-        if not 0 <= beta < float("inf"):
-            raise ValueError(f"beta={beta} is not valid: a finite weight >= 0")
+        scale("beta", beta)
         reference.check(actor[0].module)
-        self.reference, self.beta, self.normalize = reference, beta, normalize
+        self.reference, self.normalize = reference, flag("normalize", normalize)
         clipped = GRPOLoss(actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False)
         loss = Sum(clipped, Scaled(reference.loss(actor), beta)) if beta else clipped
         super().__init__(actor, Descent(loss, optimizer, **descent), also=("confidence",))
@@ -167,8 +168,7 @@ class UPO(Algorithm):
         batch = batch.select(*self.observes, "action", "action_log_prob", "active")
         batch["advantage"] = per_step(advantage, batch)
         batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
-        steps = pack(batch)
-        steps["weight"] = torch.full_like(steps["weight"], 1 / len(reward))  # a sum over steps, a mean over episodes
+        steps = pack(batch, summed=True)
         metrics = self.descent.run(steps, self._renew)
         return {**metrics, "informative": share(informative)}
 

@@ -1,9 +1,10 @@
-"""One comparable table of several training runs, best reward first, means and standard deviations over seeds.
+"""One comparable table of several training runs, means and standard deviations over seeds.
 
     python scripts/train.py -m agent=grpo,upo,ppo reward.alpha=0.3,1,3 seed=0,1,2
     python scripts/compare.py runs=multirun/train/2026-01-01_12-00-00 table=comparison.md
 
-The columns are the settings in which the runs differ. Minutes are those of the training, without the evaluation.
+The columns are the choices in which the runs differ; runs of one configuration that differ in their seed make a row.
+The best reward is first where all runs were paid by the same reward. Minutes are those of training, without evaluation.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.table import Table
 
-from agents.comparison import Run, as_text, over_seeds, read_runs
+from agents.comparison import as_numbers, as_text, over_seeds, read_runs
 from agents.evaluation import atomically
 
 
@@ -26,7 +28,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def comma_separated(rows: list[Run]) -> str:
+def comma_separated(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -44,12 +46,12 @@ def main(cfg: DictConfig) -> None:
     texts = [as_text(row) for row in rows]
     table = Table(title=f"policy ({cfg.evaluated}) of every run, mean ± standard deviation over seeds")
     for name in texts[0]:
-        table.add_column(name, justify="left" if name in rows[0] and isinstance(rows[0][name], str) else "right")
+        table.add_column(name, justify="left" if name in rows[0].label else "right")
     for text in texts:
         table.add_row(*text.values())
     Console(width=160).print(table)
     if cfg.table:
-        content = markdown(texts) if suffix == ".md" else comma_separated(rows)
+        content = markdown(texts) if suffix == ".md" else comma_separated([as_numbers(row) for row in rows])
         atomically(Path(cfg.table), lambda path: path.write_text(content))
         print(f"written: {cfg.table}")
 

@@ -12,12 +12,24 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
-from shared import heuristics, load_policy, make_evaluation_envs, policy_deciders, prepare, report, take_over
+from shared import (
+    check_evaluation,
+    heuristics,
+    load_policy,
+    make_evaluation_envs,
+    policy_deciders,
+    prepare,
+    report,
+    take_over,
+)
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
+    check_evaluation(cfg)
     deciders = heuristics(cfg)
+    if cfg.checkpoint is None and (cfg.temperature is not None or not deciders):
+        raise ValueError("checkpoint=null: nothing to evaluate but heuristics, and they have no temperature")
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint)
         take_over(cfg, trained)

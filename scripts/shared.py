@@ -10,20 +10,20 @@ import gymnasium as gym
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Decider, evaluate
-from agents.training import CHECKPOINT
+from agents.training import checkpoint_of
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
 from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 CONFIG = "config.yaml"  # a run's resolved configuration
-COUNTS = ("top_k", "kl")  # the environment's settings that count something; the other observation settings are flags
+COUNTS, FLAGS = ("top_k", "kl"), ("hidden", "entropy", "margin")  # the environment's observation settings
 
 
 def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
@@ -42,7 +42,10 @@ def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnm
     """The vector environment of a configuration; ``settings`` are num_envs, split and what the deciders need."""
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
     dllm = make_dllm(cfg, device)
-    return gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **cfg.env, **cfg.reward, **settings)
+    chosen = {**cfg.env, **cfg.reward}
+    for name, value in settings.items():  # of what the user and the deciders ask for the larger counts
+        chosen[name] = max(chosen.get(name) or 0, value) if name in (*COUNTS, *FLAGS) else value
+    return gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **chosen)
 
 
 def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
@@ -63,7 +66,7 @@ def requirements(deciders: Iterable[Any]) -> dict[str, int]:
     for decider in deciders:
         for name, least in getattr(decider, "requires", {}).items():
             needs[name] = max(needs.get(name, 0), int(least))
-    return {name: least if name in COUNTS else bool(least) for name, least in needs.items()}
+    return needs
 
 
 def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
@@ -100,27 +103,57 @@ def policy_deciders(policy: Policy, distribution: DictConfig) -> dict[str, Decid
     }
 
 
+def chosen_names() -> set[str]:
+    """What the command line sets, such as ``env.block_length`` and ``task``."""
+    return {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+
+
 def take_over(cfg: DictConfig, trained: DictConfig) -> None:
-    """Let ``cfg`` use the model, task, env and reward that a policy was trained with, unless the user chose others."""
-    chosen = {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    """Let ``cfg`` use the model, task, env and reward that a policy was trained with, but for what the user chose."""
+    chosen = chosen_names()
     for group in ("model", "task", "env", "reward"):
-        if not any(name == group or name.startswith(f"{group}.") for name in chosen):
-            cfg[group] = trained[group]
+        if group in chosen:
+            continue
+        own, cfg[group] = cfg[group], trained[group]
+        for name in (n.removeprefix(f"{group}.") for n in chosen if n.startswith(f"{group}.")):
+            OmegaConf.update(cfg[group], name, OmegaConf.select(own, name), force_add=True)
 
 
-def load_policy(run: str | Path) -> tuple[Policy, DictConfig]:
+def check_evaluation(cfg: DictConfig) -> None:
+    """ValueError for an evaluation that could not be done, before any work."""
+    settings = cfg.evaluation
+    positive("evaluation.num_envs", settings.num_envs)
+    if settings.examples is not None:
+        positive("evaluation.examples", settings.examples)
+    if not isinstance(settings.seeds, ListConfig) or not settings.seeds:
+        raise ValueError(f"evaluation.seeds={settings.seeds}: need a list of whole numbers, e.g. [42,43,44]")
+    for seed in settings.seeds:
+        positive("evaluation.seeds", seed, least=0)
+
+
+def load_policy(run: str | Path, setting: str = "checkpoint") -> tuple[Policy, DictConfig]:
     """The policy that a run saved, and the run's configuration.
+
+    Args:
+        setting: which one names the run, for the error.
 
     Raises:
         ValueError: the folder is no run of scripts/train.py with a checkpoint.
     """
-    run = Path(run)
-    for needed in (run / CONFIG, run / CHECKPOINT / "policy"):
-        if not needed.exists():
-            raise ValueError(f"checkpoint={str(run)!r}: {needed} does not exist; give a run folder of scripts/train.py")
-    cfg = OmegaConf.load(run / CONFIG)
-    policy_class = hydra.utils.get_class(cfg.policy._target_)
-    return policy_class.from_pretrained(run / CHECKPOINT / "policy").eval(), cfg
+    cfg = load_config(run, setting)
+    try:
+        policy_class = hydra.utils.get_class(cfg.policy._target_)
+        return policy_class.from_pretrained(checkpoint_of(run) / "policy").eval(), cfg
+    except ValueError as error:
+        raise ValueError(f"{setting}={str(run)!r}: {error}") from None
+
+
+def load_config(run: str | Path, setting: str) -> DictConfig:
+    """The resolved configuration of a run; ValueError if the folder has none."""
+    path = Path(run) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{setting}={str(run)!r}: {path} does not exist; give a run folder of scripts/train.py")
+    return OmegaConf.load(path)
 
 
 def report(

@@ -74,6 +74,18 @@ def test_normalised_group_advantage_by_hand():
     torch.testing.assert_close(advantage, torch.tensor([half, -half, 0, 0, -half, half]))
 
 
+def test_normalised_advantages_of_tiny_rewards_stay_finite():
+    reward = torch.tensor([(1 / 256) ** 10, 0.0, 0.0, 0.0])  # alpha 10, one position per step, L = 256
+    advantage, informative = group_advantage(reward, torch.zeros(4, dtype=torch.long), normalize=True)
+    assert informative.all()
+    torch.testing.assert_close(advantage, torch.tensor([1.5, -0.5, -0.5, -0.5]))
+
+
+def test_summed_steps_weigh_every_step_alike():
+    steps = pack(make_batch(), summed=True)
+    torch.testing.assert_close(steps["weight"], torch.full((int(LENGTHS.sum()),), 1 / E))
+
+
 def test_leave_one_out_advantage_by_hand():
     reward, group = torch.tensor([1.0, 0.0, 0.5, 0.3]), torch.tensor([4, 4, 4, 9])
     torch.testing.assert_close(leave_one_out_advantage(reward, group), torch.tensor([0.75, -0.75, 0.0, 0.3]))
@@ -267,7 +279,7 @@ def test_reinforce_is_the_policy_gradient():
     for e in range(E):
         batch["action_log_prob"][e, active[e]] = own[e]
     twin, advantage = copy.deepcopy(policy), leave_one_out_advantage(REWARD, GROUP)
-    total = sum(-(advantage[e] * log_probs(twin, batch, e)).mean() / E for e in range(E))
+    total = sum(-(advantage[e] * log_probs(twin, batch, e)).sum() / E for e in range(E))
     algorithm = Reinforce(make_actor(policy, ZeroTruncatedBernoulli), STEP, max_grad_norm=BIG)
     learnt, _ = learnt_gradient(algorithm, policy, batch)
     torch.testing.assert_close(learnt, expected_gradient(total, twin), atol=1e-5, rtol=1e-4)
@@ -336,6 +348,11 @@ def test_an_expert_that_the_distribution_cannot_follow_is_refused():
     many = Demonstration(Threshold(0.9), PolicyDecider(make_policy(), OnePosition))
     with pytest.raises(ValueError, match="OnePosition never takes"):
         many.decide(observation, torch.zeros(1, L))
+    narrow = DiTConfidence(width=8, ffn=16, candidates=2)
+    with pytest.raises(ValueError, match="candidates"):
+        Demonstration(Threshold(0.9), PolicyDecider(narrow, ZeroTruncatedBernoulli)).decide(
+            observation, torch.zeros(1, L)
+        )
     one = Demonstration(TopKRule(1), PolicyDecider(make_policy(), OnePosition))
     assert one.decide(observation, torch.zeros(1, L))[0].tolist() == [[1, 0, 0, 0]]
 

@@ -93,15 +93,22 @@ def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path
     used = (tmp_path / "config.yaml").read_text()
     assert "arithmetic.Arithmetic" in used and "block_length: 12" in used
     assert "alpha: 2.5" in used  # not named above: the run's own
+    call("evaluate", tmp_path, f"checkpoint={trained}", *settings[:3], "env.temperature=0.5", "reward.alpha=3")
+    used = (tmp_path / "config.yaml").read_text()
+    assert "temperature: 0.5" in used and "alpha: 3" in used and "max_givens: 8" in used  # the rest of the group stays
 
 
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
     half = tmp_path / "half"
-    call("train", half, *SMALL, "agent.algorithm.scheduler.num_training_steps=2", "rounds=1")
-    call("train", half, *SMALL, f"resume={half}")  # in its own folder: the metrics go on
+    call("train", half, *SMALL, "rounds=1")
+    call("train", half, f"resume={half}", "rounds=2")  # in its own folder, with the run's own settings
     whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
     assert (half / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
     assert without_seconds(half / "metrics.csv") == without_seconds(trained / "metrics.csv")
+    with pytest.raises(ValueError, match="reward differs from the run's own"):
+        call("train", half, f"resume={half}", "reward.alpha=1")
+    call("train", tmp_path / "copy", *SMALL, f"resume={half}", "rounds=2")  # nothing left to do, but all is there
+    assert without_seconds(tmp_path / "copy" / "metrics.csv") == without_seconds(trained / "metrics.csv")
     (half / "checkpoint" / "trainer.pt").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="resume="):
         call("train", tmp_path / "other", *SMALL, f"resume={half}")
@@ -168,10 +175,19 @@ def test_benchmark_counts_what_it_says(tmp_path):
         (["evaluation.examples=100000"], "evaluation.examples=100000"),
         (["resume=nowhere"], "resume='nowhere'"),
         (["checkpoint_every=0"], "checkpoint_every=0"),
-        (["agent.group_size=1", "rounds=2"], "agent.group_size must be at least 2"),
+        (["agent.group_size=1"], "agent.group_size must be at least 2"),
         (["device=warp"], "device='warp'"),
         (["agent.max_batches=0"], "agent.max_batches=0"),
-        (["agent.warm_start=nowhere"], "checkpoint='nowhere'"),
+        (["agent.warm_start=nowhere"], "agent.warm_start='nowhere'"),
+        (["evaluation.seeds=[]"], "evaluation.seeds=[]"),
+        (["evaluation.examples=2.5"], "evaluation.examples=2.5"),
+        (["seed=-1"], "seed=-1"),
+        (["agent.algorithm.epochs=1.5"], "epochs=1.5"),
+        (["agent.algorithm.clip_epsilon=[0.1]"], "clip_epsilon=[0.1]"),
+        (["agent.algorithm.normalize=no"], "normalize='no'"),
+        (["distribution.temperature=0"], "temperature=0"),
+        (["agent=ppo", "agent.max_batches=2"], "agent.max_batches=2"),
+        (["agent=upo", "agent.group_size=1"], "agent.group_size must be at least 2"),
         (["agent=upo", "distribution=dpls"], "distribution=one_position"),
         (["agent=upo", "reference=top_k", "policy.candidates=3"], "policy.candidates=5"),
     ],
@@ -223,8 +239,8 @@ def test_sweeps_over_agents_make_one_table(tmp_path):
     for row in rows:
         runs = [path.parent for path in tmp_path.rglob("results.json") if row["agent"] in overrides_of(path.parent)]
         values = [policy_row(folder, "policy(sampled)")["accuracy"] for folder in runs]
-        assert row["seeds"] == "2" and float(row["episodes"]) == 8 and float(row["minutes"]) > 0
-        assert float(row["accuracy"]) == pytest.approx(sum(values) / 2)
+        assert row["seeds"] == "2" and float(row["mean_episodes"]) == 8 and float(row["mean_minutes"]) > 0
+        assert float(row["mean_accuracy"]) == pytest.approx(sum(values) / 2)
     call("compare", tmp_path / "compare", f"runs=[{tmp_path}]", f"table={tmp_path / 'table.md'}")
     assert (tmp_path / "table.md").read_text().startswith("| agent | seeds | accuracy |")
     with pytest.raises(ValueError, match="no finished run"):
