@@ -10,7 +10,12 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -629,7 +634,7 @@ def test_weights_that_do_not_fit_are_refused(family, how):
         (lambda f: bert(f, is_decoder=True), "does not depend on what follows"),
         (lambda f: bert(f, model_type="gpt2"), "model_type='gpt2'.*register"),
         (lambda f: bert(f, model_type="bart"), "encoder-decoder"),
-        (lambda f: dream(f, mask_token_id=999), "1000 tokens, the model only 264"),
+        (lambda f: dream(f, mask_token_id=999), "mask_token_id=999 is not valid.*0 to 263"),
     ],
 )
 def test_configs_of_other_architectures_are_refused(tmp_path, make, message):
@@ -645,6 +650,139 @@ def test_a_size_is_never_left_to_a_default(tmp_path, field):
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=f"lacks the field '{field}'"):
         load_dllm(folder)
+
+
+EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Evil: pass\n"
+LOAD_ALL = """
+import sys
+from dllm_gym.models import load_dllm
+for folder in sys.argv[1:]:
+    try:
+        load_dllm(folder)
+        print("loaded")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_code_of_a_checkpoint_is_not_run_even_if_the_terminal_says_yes(tmp_path):
+    folders, ran = [], tmp_path / "ran"
+    for name, make in (("llada2", llada2), ("bert", bert), ("qwen", lambda f: qwen(f, "qwen3")), ("dream", dream)):
+        for with_json in (True, False):
+            folder = make(tmp_path / f"{name}{with_json}")
+            if not with_json:
+                (folder / "tokenizer.json").unlink(missing_ok=True)
+            code = {"AutoTokenizer": ["x.Evil", None]}, {"AutoConfig": "x.Evil"}
+            for file, auto_map in zip(("tokenizer_config.json", "config.json"), code, strict=True):
+                fields = json.loads((folder / file).read_text())
+                fields |= {"auto_map": auto_map, "tokenizer_class": "Evil"}
+                (folder / file).write_text(json.dumps(fields))
+            (folder / "x.py").write_text(EVIL.format(str(ran)))
+            folders.append(folder)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}  # where code would be copied to
+    command = [sys.executable, "-c", LOAD_ALL, *map(str, folders)]
+    done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, check=True, env=environment)
+    answers = done.stdout.splitlines()
+    assert not ran.exists() and "Do you wish" not in done.stdout + done.stderr
+    assert answers[0::2] == ["loaded"] * 4  # nothing of the code is needed
+    assert "is code in the folder, which is never run: add a tokenizer.json" in answers[1]
+    assert answers[7] == "loaded"  # Dream has no tokenizer.json
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "message"),
+    [
+        (bert, "tokenizer.json", "no tokenizer.json and no vocab.txt"),
+        (lambda f: qwen(f, "qwen2"), "tokenizer.json", "no tokenizer.json and no vocab.json and merges.txt"),
+        (dream, "vocab.json", ""),
+        (dream, "merges.txt", ""),
+        (llada2, "tokenizer.json", ""),
+    ],
+)
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path, make, file, message):
+    folder = make(tmp_path / "checkpoint")
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"cannot load the checkpoint in .*{message}"):
+        load_dllm(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "lacks"),
+    [
+        (lambda f: bert(f, hidden_size=48), "num_attention_heads", "num_attention_heads"),  # its default 12 would fit
+        (bert, "layer_norm_eps", "layer_norm_eps"),
+        (bert, "hidden_act", "hidden_act"),
+        (modernbert, "local_attention", "local_attention"),
+        (modernbert, "local_rope_theta", "local_rope_theta"),
+        (modernbert, "global_attn_every_n_layers", "global_attn_every_n_layers"),
+        (llada2, "num_experts_per_tok", "num_experts_per_tok"),
+        (llada2, "partial_rotary_factor", "partial_rotary_factor"),
+    ],
+)
+@pytest.mark.parametrize("how", ["absent", "null"])
+def test_what_shapes_the_answer_is_never_left_to_a_default(tmp_path, make, field, lacks, how):
+    folder = make(tmp_path / "checkpoint")
+    _, raw = read(folder)
+    raw[field] = None
+    if how == "absent":
+        del raw[field]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=f"lacks the field '{lacks}'"):
+        load_dllm(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [(lambda f: qwen(f, "qwen3"), "lm_head.weight"), (bert, "cls.predictions.decoder.weight")],
+)
+def test_a_tied_head_may_be_stored_but_not_differ(tmp_path, make, head):
+    embedding = "model.embed_tokens.weight" if head == "lm_head.weight" else "bert.embeddings.word_embeddings.weight"
+    same, other, plain = make(tmp_path / "same"), make(tmp_path / "other"), load_dllm(make(tmp_path / "plain"))
+    rewrite(same, lambda weights: weights.update({head: weights[embedding].clone()}))
+    rewrite(other, lambda weights: weights.update({head: weights[embedding] + 1}))
+    stored = load_dllm(same)
+    assert torch.equal(stored.predict(*padded(stored)).confidence, plain.predict(*padded(plain)).confidence)
+    with pytest.raises(ValueError, match="has a head of its own that differs"):
+        load_dllm(other)
+
+
+def test_only_the_files_of_the_index_are_read(tmp_path):
+    folder, plain = llada2(tmp_path / "with a stray file"), load_dllm(llada2(tmp_path / "plain"))
+    weights, _ = read(folder)
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, folder / "zz_old.safetensors")
+    dllm = load_dllm(folder)
+    assert torch.equal(dllm.predict(*padded(dllm)).confidence, plain.predict(*padded(plain)).confidence)
+    for i, (files, message) in enumerate(
+        [
+            ({"a": "part.safetensors", "b": "zz_old.safetensors"}, "two weights for"),
+            ({"a": "gone.safetensors"}, "lists gone.safetensors"),
+            ({"a": "../plain/model.safetensors"}, "not in"),
+            ({}, "no weight_map"),
+            (dict.fromkeys(weights, "part.safetensors"), None),
+        ]
+    ):
+        parts = shutil.copytree(folder, tmp_path / f"parts {i}")
+        (parts / "model.safetensors").rename(parts / "part.safetensors")
+        (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        if message is None:
+            dllm = load_dllm(parts)
+            assert torch.equal(dllm.predict(*padded(dllm)).confidence, plain.predict(*padded(plain)).confidence)
+            continue
+        with pytest.raises(ValueError, match=message):
+            load_dllm(parts)
+
+
+def test_a_fused_and_a_split_weight_for_the_same_place_are_refused(tmp_path):
+    folder = llada2(tmp_path / "llada2")
+    rewrite(folder, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(32, 32)}))
+    with pytest.raises(ValueError, match="two weights for model.layers.0.self_attn.q_proj.weight"):
+        load_dllm(folder)
+
+
+@pytest.mark.parametrize("fields", [{"_attn_implementation": "flash_attention_2"}, {"return_dict": False}])
+def test_how_a_network_is_run_is_not_the_checkpoints_choice(tmp_path, fields):
+    plain, other = (load_dllm(qwen(tmp_path / str(len(f)), "qwen2", **f)) for f in ({}, fields))
+    assert torch.equal(plain.predict(*padded(plain)).confidence, other.predict(*padded(other)).confidence)
 
 
 def roberta(folder: Path) -> Path:
@@ -794,6 +932,51 @@ def test_a_family_can_be_added_from_outside(tmp_path, monkeypatch):
         load_dllm(f, dtype="float16") for f in (folder, qwen(tmp_path / "known", "qwen2", model_type="a2d-qwen2"))
     )
     assert torch.equal(mine.predict(*padded(mine)).confidence, known.predict(*padded(known)).confidence)
+
+
+def test_a_loader_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "FAMILIES", dict(loading.FAMILIES))
+    register("fails", lambda checkpoint: checkpoint.config["wanted"])
+    register("gives", lambda checkpoint: "no dLLM")
+    with pytest.raises(ValueError, match="cannot load the checkpoint in .*KeyError: 'wanted'"):
+        load_dllm(qwen(tmp_path / "fails", "qwen2", model_type="fails"))
+    with pytest.raises(ValueError, match="gave a str, not a DLLM"):
+        load_dllm(qwen(tmp_path / "gives", "qwen2", model_type="gives"))
+
+
+def test_a_family_is_replaced_only_on_purpose(monkeypatch):
+    monkeypatch.setattr(loading, "FAMILIES", dict(loading.FAMILIES))
+    for arguments in ((5, loading.llada.load), ("", loading.llada.load), ("x", None)):
+        with pytest.raises(ValueError, match="need a name and a callable"):
+            register(*arguments)
+    for name in ("llada", "bert"):
+        with pytest.raises(ValueError, match=f"model_type='{name}' is a supported family already.*replace=True"):
+            register(name, loading.qwen.load)
+        register(name, loading.qwen.load, replace=True)
+        assert loading.family({"model_type": name}) is loading.qwen.load
+
+
+def test_a_relative_path_is_the_folder_that_it_names_now(tmp_path, monkeypatch):
+    for where, kind in (("a", "qwen2"), ("b", "qwen3")):
+        (tmp_path / where).mkdir()
+        qwen(tmp_path / where / "model", kind)
+    monkeypatch.chdir(tmp_path / "a")
+    first = load_dllm("model")
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_dllm("model").config["model_type"] == "a2d-qwen3"
+    assert load_dllm(tmp_path / "a" / "model") is load_dllm("../a/model") is first
+
+
+def test_threads_share_one_dllm_and_leave_the_verbosity(tmp_path):
+    from transformers.utils import logging
+
+    folder, before, loaded = qwen(tmp_path / "qwen", "qwen2"), logging.get_verbosity(), []
+    threads = [threading.Thread(target=lambda: loaded.append(load_dllm(folder))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 4 and len({id(dllm) for dllm in loaded}) == 1 and logging.get_verbosity() == before
 
 
 def test_llada2_sees_whole_blocks_and_nothing_behind_them(tmp_path):

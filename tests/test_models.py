@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_shipped_checkpoint_is_frozen_small_and_shared(tiny):
     assert tiny.decode([tiny.mask_id, *tiny.encode("7")]) == "7"
 
 
+DAMAGES = {  # what is done to a weight -> what the error says
+    "missing": "missing keys",
+    "unexpected": "unexpected keys",
+    "mismatched": "mismatched keys",
+    "not finite": "k_proj.weight is not finite",
+    "there under Llama's name too": "two weights for model.layers.1.self_attn.k_proj.weight",
+    "truncated file": "header",
+}
+
+
 def damage(folder, what):
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -119,15 +130,19 @@ def damage(folder, what):
         weights["model.transformer.blocks.7.k_proj.weight"] = weights[name].clone()
     elif what == "mismatched":
         weights[name] = weights[name][:-1].clone()
+    elif what == "not finite":
+        weights[name][3, 4] = torch.nan
+    elif what == "there under Llama's name too":
+        weights["model.layers.1.self_attn.k_proj.weight"] = torch.zeros_like(weights[name])
     save_file(weights, path)
     if what == "truncated file":
         path.write_bytes(path.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("what", ["missing", "unexpected", "mismatched", "truncated file"])
+@pytest.mark.parametrize("what", [*DAMAGES])
 def test_damaged_weights_are_refused(checkpoint, what):
     damage(checkpoint, what)
-    with pytest.raises(ValueError, match=f"cannot load the checkpoint in .*{checkpoint.name}"):
+    with pytest.raises(ValueError, match=f"cannot load the checkpoint in .*{checkpoint.name}: .*{DAMAGES[what]}"):
         load_dllm(checkpoint)
 
 
@@ -135,6 +150,11 @@ def test_damaged_weights_are_refused(checkpoint, what):
     ("fields", "message"),
     [
         ({"alibi": True}, "alibi=True"),
+        ({"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ({"multi_query_attention": True}, "multi_query_attention=True"),
+        ({"n_heads": 3}, "cannot load the checkpoint.*multiple of the number of attention heads"),
+        ({"weight_tying": True}, "has a head of its own that differs"),
+        ({"model_type": ["llada"]}, "model_type=\\['llada'\\]"),
         ({"layer_norm_type": "default"}, "layer_norm_type='default'"),
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"embedding_size": 10, "vocab_size": 10}, "mis|10"),
@@ -146,18 +166,46 @@ def test_foreign_configs_are_refused(checkpoint, fields, message):
         load_dllm(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(({f"{name}_token_id": i}, f"{name}_token_id={i}") for name in ("mask", "pad", "eos") for i in (-1, 20)),
+        ({"mask_token_id": True}, "mask_token_id=True"),
+        ({"mask_token_id": 1.7}, "mask_token_id=1.7"),
+        ({"mask_token_id": [1, 2]}, "mask_token_id=\\[1, 2\\]"),
+        ({"eos_token_id": [0, "5"]}, "eos_token_id.*'5'"),
+        ({"eos_token_id": [0, 1]}, "mask_token_id=1 is not valid: that token ends text"),
+    ],
+)
+def test_special_ids_outside_the_vocabulary_are_refused(checkpoint, fields, message):
+    if fields == {"pad_token_id": 20}:
+        message = "Padding_idx"  # the embedding refuses it first
+    (checkpoint / "config.json").write_text(json.dumps(llada_fields(**fields)))
+    with pytest.raises(ValueError, match=message):
+        load_dllm(checkpoint)
+
+
+def test_what_is_null_in_a_llada_config_is_off(checkpoint):
+    (checkpoint / "config.json").write_text(json.dumps(llada_fields(clip_qkv=None, multi_query_attention=None)))
+    assert load_dllm(checkpoint).mask_id == 1
+
+
 @pytest.mark.parametrize("field", ["d_model", "rope_theta", "max_sequence_length"])
 def test_a_missing_field_is_named(checkpoint, field):
     raw = llada_fields()
-    del raw[field]
-    (checkpoint / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=field):
-        load_dllm(checkpoint)
+    for change in (lambda: raw.update({field: None}), lambda: raw.pop(field)):
+        change()
+        (checkpoint / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=f"config.json lacks the field '{field}'"):
+            load_dllm(checkpoint)
 
 
 def test_broken_folders_are_refused(checkpoint, tmp_path):
     (checkpoint / "config.json").write_text("{not json")
     with pytest.raises(ValueError, match="not valid JSON"):
+        load_dllm(checkpoint)
+    (checkpoint / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
         load_dllm(checkpoint)
     shutil.rmtree(checkpoint)
     checkpoint.mkdir()
@@ -173,8 +221,16 @@ def test_unknown_names_are_refused():
         load_dllm("tyni")
     with pytest.raises(ValueError, match="dtype='float8'"):
         load_dllm("tiny", dtype="float8")
-    with pytest.raises(ValueError, match="device='warp'"):
-        load_dllm("tiny", device="warp")
+    with pytest.raises(ValueError, match="dtype=\\['float32'\\]"):
+        load_dllm("tiny", dtype=["float32"])
+    for device in ("warp", "meta", [1]):
+        with pytest.raises(ValueError, match=re.escape(f"device={str(device)!r} cannot be used here")):
+            load_dllm("tiny", device=device)
+    for device_map in ([1], {}, {"": ["cpu"]}, 5):
+        with pytest.raises(ValueError, match=re.escape(f"device_map={device_map!r} is not valid")):
+            load_dllm("tiny", device_map=device_map)
+    with pytest.raises(ValueError, match="mask_token=5"):
+        load_dllm("tiny", mask_token=5)
 
 
 def bf16_logits(checkpoint, tokens: list[int], in_float32: bool) -> torch.Tensor:

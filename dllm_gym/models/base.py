@@ -77,7 +77,8 @@ class DLLM:
         template_options: what else the family's chat template is given.
 
     Raises:
-        ValueError: neither the config nor the tokenizer names a mask, or an EOS token.
+        ValueError: neither the config nor the tokenizer names a mask, or an EOS token; a special id is not in the
+            vocabulary; the mask is an EOS token too.
     """
 
     template_options: Mapping[str, Any] = {}
@@ -88,10 +89,10 @@ class DLLM:
         self.tokenizer = tokenizer
         self.config = config
         sizes: Any = backbone.config
-        ids = SpecialIds.of(config, tokenizer)
+        self.vocab_size = int(sizes.vocab_size)
+        ids = SpecialIds.of(config, tokenizer, self.vocab_size)
         self.mask_id, self.eos_id, self.pad_id = ids.mask, ids.eos, ids.pad
         self.stop_ids, self.forbidden_ids = ids.stop, ids.forbidden
-        self.vocab_size = int(sizes.vocab_size)
         self.hidden_size = int(sizes.hidden_size)
         self.max_positions = int(sizes.max_position_embeddings)
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ID_FIELDS = ("mask_token_id", "eos_token_id", "pad_token_id")
 QUANTIZATIONS = ("int8", "int4")
+# Fields of config.json that do not describe the network; some of them would choose how, or with whose code, it is run.
+NOT_OF_THE_NETWORK = re.compile(
+    r"_.*|model_type|architectures|auto_map|transformers_version|quantization_config|return_dict|torchscript"
+    r"|output_attentions|output_hidden_states|.*attn_implementation|experts_implementation|gradient_checkpointing"
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,37 @@ class Checkpoint:
             raise ValueError(f"{folder} holds no weights (looked for {' or '.join(WEIGHTS)})")
         return cls(folder, config, settings)
 
+    def files(self) -> list[Path]:
+        """The files with the weights: one, or those that the index lists; others in the folder do not count.
+
+        Raises:
+            ValueError: a file that the index lists is not there.
+        """
+        whole, index = (self.folder / name for name in WEIGHTS)
+        if whole.is_file():
+            return [whole]
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError(f"{index} has no weight_map")
+        files = [self.folder / name for name in sorted({str(name) for name in listed.values()})]
+        for file in files:
+            if file.parent != self.folder or not file.is_file():
+                raise ValueError(f"{index.name} lists {file.name}, which is not in {self.folder}")
+        return files
+
+    def names(self) -> list[str]:
+        """The names of the weights in the files."""
+        names: list[str] = []
+        for file in self.files():
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+        return names
+
+    def stored(self) -> dict[str, Tensor]:
+        """The weights under the names in the files; ValueError when two files have the same name."""
+        refuse_collisions(self.names())
+        return {name: value for file in self.files() for name, value in load_file(file).items()}
+
     def weights(
         self, model_class: type[PreTrainedModel], config: Any, unused: str | None = None, **arguments: Any
     ) -> PreTrainedModel:
@@ -98,8 +139,10 @@ class Checkpoint:
             arguments: more arguments of ``from_pretrained``, e.g. ``key_mapping``, or ``state_dict`` with the weights.
 
         Raises:
-            ValueError: a weight is missing, unexpected or mis-shaped.
+            ValueError: a weight is missing, unexpected, mis-shaped, there twice, or not finite.
         """
+        if "state_dict" not in arguments:
+            refuse_collisions(self.names(), arguments.get("key_mapping") or {})
         model, report = model_class.from_pretrained(
             None if "state_dict" in arguments else self.folder,
             config=config,
@@ -111,15 +154,31 @@ class Checkpoint:
             **arguments,
         )
         refuse_mismatch(report, unused)
+        refuse_not_finite(model)
+        refuse_two_heads(model)
         return model if self.settings.placed else model.to(self.settings.device)
 
     def tokenizer(self, otherwise: Any = AutoTokenizer) -> Any:
         """The tokenizer in ``tokenizer.json``; a folder without that file is read by the class ``otherwise``.
 
         The class that the folder names is not asked for: that of Dream, for one, is code in the folder.
+
+        Raises:
+            ValueError: the folder has no vocabulary, only code of its own would read it, or it lacks ``mask_token``.
         """
-        reader = PreTrainedTokenizerFast if (self.folder / "tokenizer.json").is_file() else otherwise
-        tokenizer = reader.from_pretrained(self.folder)
+        whole = (self.folder / "tokenizer.json").is_file()
+        reader = PreTrainedTokenizerFast if whole else otherwise
+        # Left open, trust_remote_code is a question on the terminal, and a "y" there runs the folder's code.
+        try:
+            tokenizer = reader.from_pretrained(self.folder, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"the tokenizer of {self.folder} is code in the folder, which is never run: add a tokenizer.json"
+            ) from None
+        if not whole:
+            refuse_without_vocabulary(self.folder, tokenizer)
         if not self.settings.chat_template:
             tokenizer.chat_template = None
         mask_token = self.settings.mask_token
@@ -132,11 +191,60 @@ class Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"model folder {path.parent} has no {path.name}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no JSON object but {str(fields)[:40]!r}")
+    return fields
+
+
+def network_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a raw ``config.json`` that say what the network computes, for a configuration of transformers."""
+    return {name: value for name, value in raw.items() if not NOT_OF_THE_NETWORK.fullmatch(name)}
+
+
+def refuse_without_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Without the files that its class reads, a tokenizer knows its special tokens only, and says nothing of it."""
+    files = {kind: name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"}
+    missing = [name for name in files.values() if not (folder / name).is_file()]
+    if missing or not files:
+        needed = f" and no {' and '.join(missing)}" if missing else ""
+        raise ValueError(f"{folder} has no vocabulary: no tokenizer.json{needed}")
+
+
+def refuse_collisions(names: Iterable[str], key_mapping: Mapping[str, str] = {}) -> None:
+    """Two weights that become the same one: which of them counts would be chance."""
+    taken: dict[str, str] = {}
+    for name in names:
+        renamed = name
+        for old, new in key_mapping.items():
+            renamed = re.sub(old, new, renamed)
+        if renamed in taken:
+            raise ValueError(f"two weights for {renamed}: {taken[renamed]} and {name}")
+        taken[renamed] = name
+
+
+def refuse_not_finite(model: PreTrainedModel) -> None:
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if weight.is_floating_point() and not weight.is_meta and weight.numel():
+            least, largest = weight.detach().aminmax()  # they are nan if one number is
+            if not (least.isfinite() and largest.isfinite()):
+                raise ValueError(f"the weight {name} is not finite in {weight.dtype}")
+
+
+def refuse_two_heads(model: PreTrainedModel) -> None:
+    """A config that ties the head to the embedding, and a file with another head: one of them is wrong."""
+    head = model.get_output_embeddings()
+    if not getattr(model.config, "tie_word_embeddings", False) or head is None:
+        return
+    embedding = model.get_input_embeddings()
+    if head.weight.is_meta or embedding.weight.is_meta or head.weight is embedding.weight:
+        return
+    if not torch.equal(head.weight.cpu(), embedding.weight.cpu()):
+        raise ValueError("config.json ties the head to the embedding, but the file has a head of its own that differs")
 
 
 def refuse_mismatch(report: dict[str, Any], unused: str | None = None) -> None:
@@ -153,8 +261,20 @@ def require(config: dict[str, Any], family: str, **needed: Any) -> None:
     """Refuse a config that asks for what the family's network does not compute.
 
     Raises:
-        ValueError: a field that is present has another value than ``needed`` says.
+        ValueError: a field that is present has another value than ``needed`` says; null, 0 and false are all "off".
     """
     for field, value in needed.items():
-        if config.get(field, value) != value:
+        found = config.get(field, value)
+        if found != value and (found or value):
             raise ValueError(f"config.json: {field}={config[field]!r} is not supported for {family} (need {value!r})")
+
+
+def require_fields(config: Mapping[str, Any], *names: str) -> None:
+    """Refuse a config without one of the fields: transformers' default would take its place silently.
+
+    Raises:
+        ValueError: a field is missing or null.
+    """
+    for name in names:
+        if config.get(name) is None:
+            raise ValueError(f"config.json lacks the field {name!r}")

@@ -22,27 +22,39 @@ class SpecialIds:
     forbidden: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], tokenizer: Any) -> SpecialIds:
-        """From the raw ``config.json`` or, where it has no such field, from the tokenizer."""
+    def of(cls, config: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> SpecialIds:
+        """From the raw ``config.json`` or, where it has no such field, from the tokenizer.
+
+        Raises:
+            ValueError: there is no mask or no EOS token; an id is none of the vocabulary's; the mask ends text.
+        """
         vocabulary = tokenizer.get_vocab()
 
         def named(*tokens: str) -> list[int]:
             return [vocabulary[token] for token in tokens if token in vocabulary]
 
-        def listed(field: Any) -> list[int]:
-            return [] if field is None else [int(i) for i in (field if isinstance(field, list) else [field])]
+        def listed(name: str) -> list[int]:
+            own = getattr(tokenizer, name)
+            field = config.get(name)
+            ids = [] if field is None else field if isinstance(field, list) and name == "eos_token_id" else [field]
+            return [*ids, *([] if own is None else [own])]
 
-        masks = [*listed(config.get("mask_token_id")), *listed(tokenizer.mask_token_id), *named(*MASK_TOKENS)]
+        masks = [*listed("mask_token_id"), *named(*MASK_TOKENS)]
         if not masks:
             raise ValueError(
                 "no mask token: config.json has no mask_token_id and the tokenizer no mask token; if one is in the "
                 "vocabulary, name it with mask_token='...', otherwise this is no masked-diffusion model"
             )
-        ends = [*listed(config.get("eos_token_id")), *listed(tokenizer.eos_token_id), *named(*END_TOKENS)]
-        ends = ends or listed(tokenizer.sep_token_id)  # BERT has no EOS
+        ends = [*listed("eos_token_id"), *named(*END_TOKENS)] or listed("sep_token_id")  # BERT has no EOS
         if not ends:
             raise ValueError("no EOS token: config.json has no eos_token_id and the tokenizer no EOS token")
-        pads = [*listed(config.get("pad_token_id")), *listed(tokenizer.pad_token_id), ends[0]]
+        pads = [*listed("pad_token_id"), ends[0]]
+        for name, ids in (("mask_token_id", masks[:1]), ("eos_token_id", ends), ("pad_token_id", pads[:1])):
+            for i in ids:
+                if type(i) is not int or not 0 <= i < vocab_size:
+                    raise ValueError(f"{name}={i!r} is not valid: the vocabulary has the ids 0 to {vocab_size - 1}")
+        if masks[0] in ends:
+            raise ValueError(f"mask_token_id={masks[0]} is not valid: that token ends text")
         # Pads that also end text were targets in training: without them the end of an answer could not be proposed.
         forbidden = {masks[0], pads[0]} - (set(ends) - {masks[0]})
         return cls(masks[0], ends[0], pads[0], frozenset(ends), tuple(sorted(forbidden)))

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dllm_gym.models.base import DLLM
-from dllm_gym.models.checkpoint import Checkpoint, require
+from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
 
 # LLaDA's name of a weight -> Llama's.
 NAMES = {
@@ -57,7 +57,10 @@ REQUIRED = {
     "input_emb_norm": False,
     "scale_logits": False,
     "include_bias": False,
+    "clip_qkv": None,
+    "multi_query_attention": False,
 }
+SIZES = ("n_heads", "d_model", "mlp_hidden_size", "n_layers", "max_sequence_length", "rms_norm_eps", "rope_theta")
 
 
 def llama_config(raw: dict[str, Any]) -> LlamaConfig:
@@ -67,26 +70,23 @@ def llama_config(raw: dict[str, Any]) -> LlamaConfig:
         ValueError: the config asks for something that Llama does not compute, or lacks a size.
     """
     require(raw, "LLaDA", **REQUIRED)
-    try:
-        heads = raw["n_heads"]
-        config = LlamaConfig(
-            vocab_size=raw.get("embedding_size") or raw["vocab_size"],
-            hidden_size=raw["d_model"],
-            intermediate_size=raw["mlp_hidden_size"],
-            num_hidden_layers=raw["n_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("n_kv_heads") or heads,
-            max_position_embeddings=raw["max_sequence_length"],
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
-            tie_word_embeddings=raw.get("weight_tying", False),
-            attention_bias=raw.get("include_qkv_bias", False),
-            bos_token_id=None,
-            eos_token_id=raw.get("eos_token_id"),
-            pad_token_id=raw.get("pad_token_id"),
-        )
-    except KeyError as missing:
-        raise ValueError(f"config.json of a LLaDA model lacks the field {missing}") from None
+    require_fields(raw, *SIZES, *([] if raw.get("embedding_size") else ["vocab_size"]))
+    config = LlamaConfig(
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
+        hidden_size=raw["d_model"],
+        intermediate_size=raw["mlp_hidden_size"],
+        num_hidden_layers=raw["n_layers"],
+        num_attention_heads=raw["n_heads"],
+        num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
+        max_position_embeddings=raw["max_sequence_length"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]},
+        tie_word_embeddings=raw.get("weight_tying", False),
+        attention_bias=raw.get("include_qkv_bias", False),
+        bos_token_id=None,
+        eos_token_id=raw.get("eos_token_id"),
+        pad_token_id=raw.get("pad_token_id"),
+    )
     config.is_causal = False
     return config
 

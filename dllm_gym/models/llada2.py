@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from dllm_gym.models.base import DLLM, positions_of
-from dllm_gym.models.checkpoint import Checkpoint, require
+from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
 
 BLOCK = 32  # the length that the checkpoints were trained with; their configs do not say it
 NEEDED = {
@@ -77,9 +75,9 @@ def glm_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
     """The Glm4Moe configuration equivalent to LLaDA2's raw ``config.json``.
 
     Raises:
-        ValueError: the config asks for something that Glm4Moe does not compute.
-        KeyError: it lacks a size.
+        ValueError: the config asks for something that Glm4Moe does not compute, or lacks a size.
     """
+    require_fields(raw, *SIZES.values(), "rope_theta", "partial_rotary_factor")
     require(dict(raw), "LLaDA2", **NEEDED)
     rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
     return Glm4MoeConfig(
@@ -92,26 +90,32 @@ def glm_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
     )
 
 
-def glm_weights(folder: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The checkpoint's weights under Glm4Moe's names, the fused query_key_value matrices in three."""
+def glm_weights(stored: Mapping[str, Tensor], raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """LLaDA2's weights under Glm4Moe's names, the fused query_key_value matrices in three.
+
+    Raises:
+        ValueError: two weights get the same name.
+    """
     heads, kv_heads, size = (raw[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, value in load_file(file).items():
-            for llada, glm in NAMES.items():
-                name = name.replace(llada, glm)
-            fused = re.fullmatch(r"(.*)\.attention\.query_key_value\.(weight|bias)", name)
-            if fused is None:
-                weights[name] = value
-                continue
-            for n, part in zip("qkv", value.split([heads * size, kv_heads * size, kv_heads * size]), strict=True):
-                weights[f"{fused[1]}.self_attn.{n}_proj.{fused[2]}"] = part.contiguous()
+    weights: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        for llada, glm in NAMES.items():
+            name = name.replace(llada, glm)
+        fused = re.fullmatch(r"(.*)\.attention\.query_key_value\.(weight|bias)", name)
+        renamed = {name: value}
+        if fused is not None:
+            parts = zip("qkv", value.split([heads * size, kv_heads * size, kv_heads * size]), strict=True)
+            renamed = {f"{fused[1]}.self_attn.{n}_proj.{fused[2]}": part.contiguous() for n, part in parts}
+        for new in renamed.keys() & weights.keys():
+            raise ValueError(f"two weights for {new}")
+        weights |= renamed
     return weights
 
 
 def load(checkpoint: Checkpoint) -> DLLM:
     """The loader of ``llada2_moe``."""
     raw = checkpoint.config
-    weights = glm_weights(checkpoint.folder, raw)
-    network = checkpoint.weights(Glm4MoeForCausalLM, glm_config(raw), state_dict=weights, attn_implementation="sdpa")
+    config = glm_config(raw)
+    weights = glm_weights(checkpoint.stored(), raw)
+    network = checkpoint.weights(Glm4MoeForCausalLM, config, state_dict=weights, attn_implementation="sdpa")
     return BlockCausalDLLM(network.model, network.lm_head, checkpoint.tokenizer(), raw)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -36,13 +36,17 @@ FAMILIES: dict[str, Loader] = {
 }
 
 
-def register(model_type: str, loader: Loader) -> None:
-    """Add a family of dLLMs, or replace one; dLLMs that are loaded already stay as they are.
+def register(model_type: str, loader: Loader, *, replace: bool = False) -> None:
+    """Add a family of dLLMs; dLLMs that are loaded already stay as they are.
 
     Args:
         model_type: the field of that name in the raw ``config.json`` of the family's checkpoints.
         loader: makes a :class:`DLLM` of a :class:`~dllm_gym.models.checkpoint.Checkpoint`; its ``weights`` and
             ``tokenizer`` methods respect what the user asked for and refuse checkpoints that do not fit.
+        replace: take the place of the family of that name.
+
+    Raises:
+        ValueError: the name is taken or none, or the loader cannot be called.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> def load_two_way_llama(checkpoint):
@@ -51,7 +55,12 @@ def register(model_type: str, loader: Loader) -> None:
     ...     network = checkpoint.weights(LlamaForCausalLM, config)
     ...     return DLLM(network.model, network.lm_head, checkpoint.tokenizer(), checkpoint.config)
     >>> register("two_way_llama", load_two_way_llama)
+    >>> del FAMILIES["two_way_llama"]
     """
+    if not isinstance(model_type, str) or not model_type or not callable(loader):
+        raise ValueError(f"model_type={model_type!r}, loader={loader!r}: need a name and a callable that gives a DLLM")
+    if (model_type in FAMILIES or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not replace:
+        raise ValueError(f"model_type={model_type!r} is a supported family already: say replace=True to replace it")
     FAMILIES[model_type] = loader
 
 
@@ -95,7 +104,9 @@ def load_dllm(
     """
     dtype = None if dtype is None else check_dtype(dtype)
     device = None if device is None else check_device(device)
-    items = tuple(device_map.items()) if isinstance(device_map, Mapping) else device_map
+    if mask_token is not None and not isinstance(mask_token, str):
+        raise ValueError(f"mask_token={mask_token!r} is not valid: give the token's text")
+    items = check_device_map(device_map)
     options: dict[str, Any] = {
         "device_map": items,
         "quantization": quantization,
@@ -107,7 +118,11 @@ def load_dllm(
         refuse_another(model, device, dtype, options)
         return model
     settings = Settings(device or torch.device("cpu"), dtype or torch.float32, **options)
-    return _load(str(model), settings)
+    name = str(model)
+    if name not in SHIPPED and Path(name).is_dir():
+        name = str(Path(name).resolve())  # the same relative path is another folder after a chdir
+    with _loading:  # transformers' verbosity is the process's, and two threads would load twice
+        return _load(name, settings)
 
 
 def refuse_another(dllm: DLLM, device: torch.device | None, dtype: torch.dtype | None, options: dict[str, Any]) -> None:
@@ -120,6 +135,7 @@ def refuse_another(dllm: DLLM, device: torch.device | None, dtype: torch.dtype |
             raise ValueError(f"{name}={value!r}: the dLLM that was passed is loaded already, give its name instead")
 
 
+_loading = RLock()  # a registered loader may load another dLLM
 _in_use: WeakValueDictionary[tuple[str, Settings], DLLM] = WeakValueDictionary()
 
 
@@ -143,10 +159,12 @@ def _read(model: str, settings: Settings) -> DLLM:
     try:
         with _quiet_transformers():
             dllm = loader(checkpoint)
-    except KeyError as missing:
-        raise ValueError(f"model={model!r}: config.json lacks the field {missing}") from None
-    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model={model!r}: cannot load the checkpoint in {folder}: {error}") from error
+    except Exception as error:  # many unrelated types of transformers, or of a registered loader
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.split())  # transformers' messages have many lines
+        raise ValueError(f"model={model!r}: cannot load the checkpoint in {folder}: {reason}") from error
+    if not isinstance(dllm, DLLM):
+        raise ValueError(f"model={model!r}: the loader of its family gave a {type(dllm).__name__}, not a DLLM")
     tokens = max(len(dllm.tokenizer), dllm.mask_id + 1)
     if tokens > dllm.vocab_size:
         raise ValueError(
@@ -159,6 +177,8 @@ def _read(model: str, settings: Settings) -> DLLM:
 def family(config: Mapping[str, Any]) -> Loader:
     """The loader for a raw ``config.json``."""
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"config.json: model_type={model_type!r} is not valid: need the name of a family")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -213,7 +233,7 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of that name; ValueError when it is not one of :data:`DTYPES`."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported: choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
@@ -222,8 +242,21 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device, with its index, if tensors can be made there; ValueError otherwise."""
     try:
         device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("tensors there have no numbers")
         device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from None
     return device
+
+
+def check_device_map(device_map: Any) -> str | tuple[tuple[str, Any], ...] | None:
+    """The device map, a mapping as its items; ValueError unless it is a name, or module names to devices."""
+    if device_map is None or isinstance(device_map, str):
+        return device_map
+    if isinstance(device_map, Mapping) and device_map:
+        items = tuple(device_map.items())
+        if all(isinstance(name, str) and isinstance(place, str | int | torch.device) for name, place in items):
+            return items
+    raise ValueError(f"device_map={device_map!r} is not valid: give 'auto', or module names to devices")

@@ -6,20 +6,36 @@ model shows once, when it is loaded, that padding does not change its answer and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from dllm_gym.models.base import DLLM, positions_of
-from dllm_gym.models.checkpoint import Checkpoint
+from dllm_gym.models.checkpoint import Checkpoint, network_fields, require_fields
 from dllm_gym.prompt import Chat
 
 # Weights of pre-training heads, and buffers of old files, that predicting a masked token does not use.
 UNUSED = r"(^|\.)(pooler|seq_relationship)\.|\.position_ids$"
+# What architectures call the sizes and functions that shape the answer, but not the weights or not them alone. Those
+# that an architecture has must be in its config.json.
+FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "hidden_act",
+    "hidden_activation",
+    "layer_norm_eps",
+    "norm_eps",
+    "local_attention",
+)
 END_OF_ANSWER = "[/Answer]"  # closes the reply in the template of the diffusion-tuned BERTs; text, not a token
 
 
@@ -90,14 +106,28 @@ def refuse_if_unfit(dllm: MaskedLM) -> None:
         raise ValueError("a token's prediction does not depend on what follows it: this is no two-way model")
 
 
+def refuse_defaults(raw: Mapping[str, Any], kind: type[PreTrainedConfig]) -> None:
+    """Raises ValueError when a default of the configuration class would stand for what ``config.json`` lacks."""
+    fields = inspect.signature(kind).parameters
+    for field in FIELDS:
+        own = kind.attribute_map.get(field, field)  # DistilBERT's hidden_size is called dim
+        if own in fields and raw.get(field) is None:
+            require_fields(raw, own)
+    if raw["model_type"] == "modernbert":
+        if raw.get("layer_types") is None:
+            require_fields(raw, "global_attn_every_n_layers")
+        if not isinstance(raw.get("rope_parameters"), dict):
+            require_fields(raw, "global_rope_theta", "local_rope_theta")
+
+
 def load(checkpoint: Checkpoint) -> DLLM:
     """The loader of every ``model_type`` for which transformers has a masked language model."""
     raw = checkpoint.config
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(
-        {name: value for name, value in raw.items() if name not in ("auto_map", "transformers_version")}
-    )
-    if config.is_encoder_decoder:
+    kind = CONFIG_MAPPING[raw["model_type"]]
+    if raw.get("is_encoder_decoder", kind.is_encoder_decoder):
         raise ValueError(f"model_type={raw['model_type']!r} is an encoder-decoder: only encoders are supported")
+    refuse_defaults(raw, kind)
+    config = kind.from_dict(network_fields(raw))
     network = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
     attention = "sdpa" if network._supports_sdpa else "eager"
     model = checkpoint.weights(network, config, unused=UNUSED, attn_implementation=attention)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from dllm_gym.models.base import DLLM
-from dllm_gym.models.checkpoint import Checkpoint, require
+from dllm_gym.models.checkpoint import Checkpoint, network_fields, require, require_fields
 
 # Without one of these, transformers' default would take its place silently.
 SIZES = (
@@ -38,19 +38,16 @@ def two_way_config(kind: str, raw: dict[str, Any], family: str) -> Any:
     """A Qwen configuration, with attention in both directions, from a raw ``config.json``.
 
     Raises:
-        ValueError: the config asks for something else than full attention.
-        KeyError: it lacks a size.
+        ValueError: the config asks for something else than full attention, or lacks a size.
     """
-    for field in SIZES:
-        raw[field]  # the loader names the field that is missing
+    require_fields(raw, *SIZES)
     if not isinstance(raw.get("rope_parameters"), dict):
-        raw["rope_theta"]
+        require_fields(raw, "rope_theta")
     require(raw, family, use_sliding_window=False, use_mrope=False, hidden_act="silu")
     layers = set(raw.get("layer_types") or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(f"config.json: layer_types={sorted(layers)} is not supported for {family} (full_attention is)")
-    foreign = {"model_type", "architectures", "auto_map", "transformers_version", "quantization_config"}
-    config = NETWORKS[kind][0].from_dict({name: value for name, value in raw.items() if name not in foreign})
+    config = NETWORKS[kind][0].from_dict(network_fields(raw))
     config.is_causal = False
     return config
 
