@@ -88,6 +88,39 @@ NUMBERS = [
     ("９", None),
     ("9" * 65, None),  # longer than any answer
     ("NaN inf", None),
+    (r"\boxed{72 \text{ m}^2}", 72),  # the power of a unit is no number
+    (r"\boxed{15\,\mathrm{cm}^{3}}", 15),
+    ("<answer>72 m^2</answer>", 72),
+    ("#### 72 m^2", 72),
+    (r"\boxed{\frac12}", 0.5),
+    (r"\boxed{\frac{1}2}", 0.5),
+    (r"\boxed{\dfrac 3{4}}", 0.75),
+    (r"\boxed{-\frac{1}{2}}", -0.5),
+    (r"\boxed{\frac{-1}{2}}", -0.5),
+    (r"\boxed{2\frac{1}{2}}", 2.5),
+    (r"\boxed{2\ \frac12\text{ hours}}", 2.5),
+    (r"\boxed{-2\frac{1}{2}}", -2.5),
+    ("<answer>2 1/2</answer>", 2.5),
+    ("#### 2 1/2", 2.5),
+    ("<answer>12 1/2 cups</answer>", 12.5),
+    ("<answer>3 5/2</answer>", 2.5),  # no mixed number: its last
+    (r"\boxed{3 * \frac{1}{2}}", 0.5),  # nor is a product
+    (r"\boxed{12 000}", 12000),
+    (r"\boxed{1\ 234\,567.5}", 1234567.5),
+    ("<answer>12\u00a0000</answer>", 12000),
+    (r"\boxed{1,\!234}", 1234),
+    ("#### 12 000", 12000),
+    ("<answer>5 12</answer>", 12),  # groups have three digits
+    ("in 2024 100", 100),
+    (r"\boxed{1.5\times10^3}", 1500),
+    (r"\boxed{1.5 \cdot 10^{-3}}", 0.0015),
+    ("1.5 × 10^3", 1500),
+    ("<answer>- 72</answer>", -72),
+    (r"\boxed{- \$72}", -72),
+    (r"\boxed{x = - 72}", -72),
+    ("- 72 apples", 72),  # outside a mark it is an item of a list
+    ("<answer>10 - 4</answer>", 4),
+    ("<answer>7\u200b2</answer>", 72),
 ]
 
 
@@ -151,6 +184,18 @@ EQUAL = [
     ("4210_5", "4210_{5}"),
     ("-4", "\u22124"),
     ("$7$", "7."),
+    (r"\frac{3}{2}", "1 1/2"),
+    ("1.5", "1 1/2"),
+    ("1 1/2", r"1\frac{1}{2}"),
+    ("-1.5", r"-1\ 1/2"),
+    ("12345", "12 345"),
+    ("12", "12 ."),
+    ("(1,2)", "( 1 , 2 )"),
+    ("72", "7\u200b2"),
+    ("4210_5", "$4210_{5}$."),
+    ("5", "2+3=5"),
+    ("5", "x=5=5.0"),
+    (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]
 DIFFERENT = [
     ("5", "6"),
@@ -175,6 +220,17 @@ DIFFERENT = [
     ("7", r"\boxed{"),
     ("x=5", "x=6"),
     ("-4", "4"),
+    (r"\frac{11}{2}", "1 1/2"),
+    ("11/2", "1 1/2"),
+    ("11/2", r"1\ 1/2"),
+    ("13", "1 3"),
+    ("13", r"1\,3"),
+    ("3", "1 3"),
+    ("4210_5", "4210_7"),
+    ("10_{2}", "10_{16}"),
+    ("5", "6=5"),
+    ("5", "x=6=5"),
+    ("72", "72\u200b27"),
 ]
 
 
@@ -232,10 +288,19 @@ def test_expressions_are_worked_out_exactly():
 
 def test_countdown_wants_every_number_once():
     task, example = Countdown(), {"numbers": [3, 7, 7], "target": 21}
-    for text in (r"\boxed{(3 * 7) * (7 / 7)}", "<answer>3 * 7</answer>", "21", "", r"\boxed{7 + 7 + 7}", "3*7*1"):
+    for text in (
+        r"\boxed{(3 * 7) * (7 / 7)}",
+        "<answer>3 * 7</answer>",
+        "21",
+        "21 = 21",
+        "21 =",
+        "",
+        r"\boxed{7 + 7 + 7}",
+        "3*7*1",
+    ):
         assert task.grade(example, text) == 0, text
     example = {"numbers": [3, 7, 7], "target": 28}
-    for text in (r"\boxed{3 * 7 + 7}", "<answer>7+7*3=28</answer>", "Let me see:\n7 + 3 × 7\n"):
+    for text in (r"\boxed{3 * 7 + 7}", "<answer>7+7*3=28</answer>", "28 = 7 * 3 + 7", "Let me see:\n7 + 3 × 7\n"):
         assert task.grade(example, text) == 1, text
     assert task.grade(example, task.reply(example)) == 1
 
@@ -251,6 +316,8 @@ HOSTILE += [
     "\x00\ud800",
 ]
 HOSTILE += ["1," * 500_000, "1.1" * 300_000, "-" * 1_000_000, "\\text{" * 200_000, "\\" * 999_999, "\\frac{1" * 100_000]
+HOSTILE += ["100 " * 500_000, "\\frac" + " " * 500_000, "= " * 500_000, "=" + " " * 500_000 + "-", "1^" * 500_000]
+HOSTILE += ["[1]*" * 500_000, "1" + "-" * 500_000, "row 1" * 200_000, "1 1/" * 300_000, "1~" * 500_000]
 HOSTILE += ["1 " * 500_000, "1\n|," * 200_000, "1e999", "\\boxed{1e999}", "(" * 1_000_000, "\\left" * 200_000]
 
 

@@ -36,6 +36,8 @@ from dllm_gym.tasks import (
     register,
 )
 from dllm_gym.tasks.base import SPLITS
+from dllm_gym.tasks.code import MBPP, HumanEval, KodCode
+from dllm_gym.tasks.workers import Pool
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -118,8 +120,8 @@ def test_csv_cells_keep_zeros_and_line_breaks(tmp_path):
 def test_the_hub_is_asked_for_the_right_splits_and_only_when_needed(monkeypatch):
     asked = []
 
-    def load(path, config, *, split):
-        asked.append((path, config, split))
+    def load(path, config, *, split, revision):
+        asked.append((path, config, split) if revision is None else (path, config, split, revision))
         return datasets.Dataset.from_list(ROWS[:100])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -133,6 +135,9 @@ def test_the_hub_is_asked_for_the_right_splits_and_only_when_needed(monkeypatch)
     GSM8K(data="me/copy").examples("test")
     GSM8K(data="me/copy:socratic").examples("train")
     assert asked[2:] == [("me/copy", None, "test"), ("me/copy", "socratic", "train")]
+    GSM8K(data="me/copy@v1.0").examples("test")
+    GSM8K(data="me/copy@refs/pr/2:main").examples("train")
+    assert asked[4:] == [("me/copy", None, "test", "v1.0"), ("me/copy", "main", "train", "refs/pr/2")]
 
 
 def test_making_any_task_touches_no_network(offline):
@@ -141,6 +146,91 @@ def test_making_any_task_touches_no_network(offline):
         ValueError, match=r"cannot load split 'test' of openai/gsm8k.*no network.*hf auth login.*task\.data="
     ):
         make_task("gsm8k").examples("test")
+
+
+GOOD = {
+    GSM8K: {"question": "a", "answer": "1"},
+    Math: {"problem": "a", "answer": "1"},
+    Countdown: {"numbers": [1, 2], "target": 3},
+    SudokuFile: {"Puzzle": "0034341221434321", "Solution": "1234341221434321"},
+    MBPP: {"text": "a", "test_list": ["assert f(1)"], "task_id": 601},
+    KodCode: {
+        "question": "a",
+        "test": "from solution import f\ndef test_it(): assert f()",
+        "test_info": [{"function_declaration": "def f():"}],
+    },
+}
+BROKEN = [
+    (GSM8K, {"answer": None}, "the column 'answer' holds None: need a text"),
+    (GSM8K, {"question": ["b"]}, r"the column 'question' holds \['b'\]: need a text"),
+    (GSM8K, {"question": " "}, "the column 'question' holds ' ': need a text"),
+    (Math, {"problem": None}, "the column 'problem' holds None"),
+    (Math, {"answer": float("nan")}, "the column 'answer' holds nan"),
+    (Math, {"answer": [1]}, r"the column 'answer' holds \[1\]"),
+    (Countdown, {"numbers": 5}, "numbers=5: need a list"),
+    (Countdown, {"numbers": []}, r"numbers=\[\]: need a list"),
+    (Countdown, {"numbers": [1, None]}, "numbers: None is no whole number of at least 0"),
+    (Countdown, {"numbers": [1.5]}, "numbers: 1.5 is no whole number"),
+    (Countdown, {"numbers": "1.5,-2"}, "numbers: '1.5' is no whole number"),
+    (Countdown, {"numbers": [True]}, "numbers: True is no whole number"),
+    (Countdown, {"target": 46.7}, "target: 46.7 is no whole number"),
+    (Countdown, {"target": "x"}, "target: 'x' is no whole number"),
+    (SudokuFile, {"Puzzle": None}, "'None', '1234341221434321' is no 4x4 puzzle"),
+    (MBPP, {"test_list": "['assert f(1)']"}, "test_list=.*: need a list of texts .which CSV files cannot hold"),
+    (MBPP, {"test_list": [1]}, r"test_list=\[1\]: need a list of texts"),
+    (MBPP, {"text": None}, "the column 'text' holds None"),
+    (MBPP, {"test_setup_code": 5}, "test_setup_code=5: need a text"),
+    (KodCode, {"test": None}, "need a text as test"),
+    (KodCode, {"test_info": "[{}]"}, "need a text as test and a list of objects as test_info"),
+    (KodCode, {"test_info": ["x"]}, "AttributeError"),
+    (KodCode, {"question": None}, "the column 'question' holds None"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), BROKEN, ids=[f"{k.name} {c}" for k, c, _ in BROKEN])
+def test_a_broken_row_is_named_with_its_file_and_number(kind, change, message, tmp_path):
+    settings = {"sandbox": "rlimit"} if kind in (MBPP, KodCode) else {}
+    path = write(tmp_path / "a.jsonl", [GOOD[kind], {**GOOD[kind], **change}])
+    with pytest.raises(ValueError, match=f"row 2 of '.*a.jsonl': {message}"):
+        kind(data={"train": path}, **settings)._part("train")
+    lacking = {name: value for name, value in GOOD[kind].items() if name != next(iter(change), "")}
+    if lacking != GOOD[kind]:
+        with pytest.raises(ValueError, match="row 1 of '.*b.jsonl': (lacks the columns|no value for|the problem)"):
+            kind(data={"train": write(tmp_path / "b.jsonl", [lacking])}, **settings)._part("train")
+
+
+def test_rows_may_differ_in_their_columns(tmp_path):
+    rows = [{**GOOD[MBPP], "test_list": ["assert f(1) == 5"]}] * 2
+    rows[1] = {**rows[1], "test_setup_code": "Z = 5"}
+    task = MBPP(data=write(tmp_path / "a.jsonl", rows), sandbox="rlimit")
+    examples = task.examples("train").to_list()
+    assert [example["test_setup_code"] for example in examples] == [None, "Z = 5"]
+    assert task.grade_all(examples, ["def f(x):\n    return Z"] * 2) == [0.0, 1.0]
+    named = [{**row, "task_id": f"MBPP/{number}"} for number, row in zip((511, 602), rows, strict=True)]
+    task = MBPP(data=write(tmp_path / "c.jsonl", named), sandbox="rlimit")
+    assert task.examples("train")["task_id"] == ["MBPP/602"]
+    with pytest.raises(ValueError, match="without task_id .a number, here 'eleven'. the rows of one file"):
+        MBPP(data=write(tmp_path / "b.jsonl", [{**rows[0], "task_id": "eleven"}]), sandbox="rlimit").examples("train")
+
+
+def test_what_differs_in_type_or_has_cells_too_many_is_refused(tmp_path):
+    rows = [{"prompt": "def f():\n", "test": "", "entry_point": "f", "note": note} for note in (1, ["x"])]
+    with pytest.raises(ValueError, match="a column of split 'test' holds values of different types"):
+        HumanEval(data=write(tmp_path / "a.jsonl", rows), sandbox="rlimit").examples("test")
+    (tmp_path / "b.csv").write_text("question,answer\nWhat is 1, 2 and 3?,#### 4\n")
+    with pytest.raises(ValueError, match="b.csv' cannot be read as csv .*more cells than the header"):
+        GSM8K(data=tmp_path / "b.csv").examples("train")
+    (tmp_path / "c.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="c.json' cannot be read as json"):
+        GSM8K(data=tmp_path / "c.json").examples("train")
+
+
+def test_kodcode_leaves_out_tests_that_cannot_be_read(tmp_path):
+    deep = GOOD[KodCode]["test"] + " == " + "+".join("1" * 20_000)
+    rows = [GOOD[KodCode], {**GOOD[KodCode], "test": deep}, {**GOOD[KodCode], "test_info": [{}]}]
+    task = KodCode(data={"train": write(tmp_path / "a.jsonl", rows)}, sandbox="rlimit")
+    assert len(task._part("train")) == 1
+    assert task.left_out["no function declaration"] == 1 and sum(task.left_out.values()) == 2
 
 
 # ---- splits ----
@@ -299,20 +389,30 @@ def test_math_takes_the_last_box_of_a_solution_where_no_answer_is_given(tmp_path
     rows = [
         {"problem": "a", "solution": r"First \boxed{1}, then \boxed{\frac{1}{2}}.", "level": "Level 1"},
         {"problem": "b", "solution": "Nothing boxed.", "answer": "2"},
+        {"problem": "c", "answer": 0},
+        {"problem": "d", "answer": None, "solution": r"\boxed{0}"},
     ]
     task = Math(data={"test": write(tmp_path / "m.jsonl", rows)})
-    assert [example["answer"] for example in task.examples("test")] == [r"\frac{1}{2}", "2"]
+    assert [example["answer"] for example in task.examples("test")] == [r"\frac{1}{2}", "2", "0", "0"]
     with pytest.raises(ValueError, match="the problem 'b' has no answer and no boxed solution"):
         Math(data={"test": write(tmp_path / "n.jsonl", [{"problem": "b", "solution": "?"}])}).examples("test")
 
 
+def test_math_asks_for_its_grader_before_the_first_episode(tmp_path, monkeypatch):
+    task = Math(data={"test": write(tmp_path / "m.jsonl", [{"problem": "a", "answer": "1"}])})
+    monkeypatch.setattr("dllm_gym.tasks.latex.POOL", Pool("none", seconds=1.0))
+    with pytest.raises(ValueError, match="task 'math' needs math-verify: pip install math-verify"):
+        task.examples("test")
+
+
 def test_countdown_takes_the_fields_of_several_files(tmp_path):
     rows = [{"input": "3,7,25", "output": "46"}], [{"nums": [3, 7, 25], "target": 46}]
-    rows += ([{"numbers": "[3, 7, 25]", "target": "46", "more": None}],)
+    rows += ([{"numbers": "[3, 7, 25]", "target": "46.0", "more": None}],)
+    rows += ([{"numbers": "[ 3  7 25]", "target": 46.0}],)
     for i, row in enumerate(rows):
         task = Countdown(data={"test": write(tmp_path / f"{i}.jsonl", row)})
         assert task.examples("test").to_list() == [{"numbers": [3, 7, 25], "target": 46}]
-    with pytest.raises(ValueError, match="a row has none of target, output"):
+    with pytest.raises(ValueError, match="row 1 of .*x.jsonl.: no value for target or output among the columns input"):
         Countdown(data={"test": write(tmp_path / "x.jsonl", [{"input": "1,2"}])}).examples("test")
 
 
@@ -327,6 +427,19 @@ SUDOKU = [
     ("1324341221434321", 1 / 3, 0),
     ("1004341221434321", 1 / 3, 0),
     ("9239999999999991", 1, 0),  # cells: only blank ones are looked at
+    ("The grid is 1234 3412 2143 4321. Done.", 1, 1),
+    ("1234341221434321...", 1, 1),
+    ("[[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]]", 1, 1),
+    ("| 1 | 2 | 3 | 4 |\n|---|:-:|---|---|\n| 3 | 4 | 1 | 2 |\n| 2 | 1 | 4 | 3 |\n| 4 | 3 | 2 | 1 |", 1, 1),
+    ("12|34\n34|12\n--+--\n21|43\n43|21", 1, 1),
+    ("**1234**\n**3412**\n**2143**\n**4321**", 1, 1),
+    (r"\boxed{\begin{matrix}1&2&3&4\\3&4&1&2\\2&1&4&3\\4&3&2&1\end{matrix}}", 1, 1),
+    ("Row 1: 1234\nRow 2: 3412\nRow 3: 2143\nRow 4: 4321", 1, 1),
+    ("**Step 2**\n1234341221434321", 1, 1),  # the bold text before it is no part of the grid
+    ("1004341221434320\n\n[[1,2,3,4],[3,4,1,2],[2,1,4,3],[4,3,2,1]]", 1, 1),
+    ("[1,2,3,4],[3,4,1,2],[2,1,4,3],[4,3,2,1] no: 4244444444444444", 1 / 3, 0),
+    ("1234 3412 2143 43[21]5", 0, 0),
+    ("123434122143432.", 2 / 3, 0),  # sixteen cells, the last one blank
     ("123434122143432", 0, 0),
     ("12343412214343211", 0, 0),
     ("1,2,3," * 100, 0, 0),
@@ -500,8 +613,14 @@ WRONG = [
     ),
     (lambda path: GSM8K(data=path / "bad.jsonl").examples("train"), "bad.jsonl' cannot be read as jsonl"),
     (lambda path: GSM8K(data=path / "list.json").examples("train"), "list.json' holds something other than rows"),
-    (lambda path: GSM8K(data=path / "other.json").examples("train"), "lack the columns answer that task 'gsm8k' needs"),
-    (lambda path: GSM8K(data=path / "wordy.json").examples("train"), "the answer 'none' of a row has no number"),
+    (
+        lambda path: GSM8K(data=path / "other.json").examples("train"),
+        "lacks the columns answer that task 'gsm8k' needs",
+    ),
+    (
+        lambda path: GSM8K(data=path / "wordy.json").examples("train"),
+        "row 1 of .*wordy.json': the answer 'none' has no number",
+    ),
     (lambda path: SudokuFile(data=path / "grid.json").examples("train"), "'1204', '1234' is no 4x4 puzzle"),
     (lambda path: SudokuFile().examples("test"), r"'sudoku4_csv' has no such data .*task\.data="),
     (lambda path: SudokuFile(score="rows"), "score='rows' is not known: choose one of cells, grid"),
@@ -509,6 +628,14 @@ WRONG = [
     (lambda path: GSM8K(shots=-1), "shots=-1: need"),
     (lambda path: GSM8K(shots=1.5), "shots=1.5: need"),
     (lambda path: GSM8K(gen_length=0), "gen_length=0: need"),
+    (lambda path: GSM8K(data=""), "data='': need a hub id, a file, a folder"),
+    (lambda path: GSM8K(data="d/k.jsonl.gz"), "data='d/k.jsonl.gz' is no file"),
+    (lambda path: GSM8K(data="me/copy@"), "no hub id owner/name, owner/name:config, owner/name@revision"),
+    (lambda path: GSM8K(data="me/copy:main@v1"), "no hub id .*owner/name@revision:config"),
+    (lambda path: GSM8K(prefilled="false"), "prefilled='false' is not valid: choose True or False"),
+    (lambda path: GSM8K(prompt_style=[5]), r"prompt_style=\[5\] is not known: choose one of xml, chat"),
+    (lambda path: Mixture(5), "tasks=5: need a list of tasks"),
+    (lambda path: Mixture([Sudoku()], weights=5), "weights=5: need a positive number for each of sudoku"),
     (lambda path: GSM8K(max_prompt_chars=True), "max_prompt_chars=True: need"),
     (lambda path: GSM8K(held_out=0.5), "held_out=0.5: need a share between 0 and 0.4"),
     (lambda path: GSM8K(prompt_style="yaml"), "prompt_style='yaml' is not known: choose one of xml, chat"),

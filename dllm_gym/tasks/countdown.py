@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from fractions import Fraction
+from typing import Any
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, Row, Source
@@ -18,7 +19,8 @@ SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "\u2212": "-", "[": "(",
 class Countdown(DatasetTask):
     r"""An expression that uses each number exactly once and hits the target scores 1, anything else 0.
 
-    Allowed are ``+ - * /`` (also as ``\times``, ``\div``, ``\cdot``) and parentheses; what follows ``=`` is not read.
+    Allowed are ``+ - * /`` (also as ``\times``, ``\div``, ``\cdot``) and parentheses; what follows ``=`` is not read
+    (unless a lone number precedes it: ``46 = 7 * 3 + 25``).
     The expression is the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without one its last line.
 
     Rows need the numbers (``numbers``, ``nums`` or ``input``: a list, or a text such as ``3,7,25``) and ``target`` (or
@@ -41,10 +43,17 @@ class Countdown(DatasetTask):
         for field, names in COLUMNS.items():
             present = [name for name in names if row.get(name) is not None]
             if not present:
-                raise ValueError(f"data={self.data!r}: a row has none of {', '.join(names)}: {', '.join(row)}")
+                raise ValueError(f"no value for {' or '.join(names)} among the columns {', '.join(row)}")
             found[field] = row[present[0]]
-        numbers = found["numbers"] if isinstance(found["numbers"], list) else re.findall(r"[0-9]+", found["numbers"])
-        return {"numbers": [int(number) for number in numbers], "target": int(found["target"])}
+        numbers = found["numbers"]
+        if isinstance(numbers, str):
+            numbers = re.split(r"[\s,;]+", numbers.strip(" []()"))
+        if not isinstance(numbers, list) or not numbers:
+            raise ValueError(f"numbers={found['numbers']!r}: need a list of whole numbers, or a text such as 3,7,25")
+        return {
+            "numbers": [integer("numbers", number, lowest=0) for number in numbers],
+            "target": integer("target", found["target"]),
+        }
 
     def question(self, example: Example) -> str:
         numbers = ", ".join(map(str, example["numbers"]))
@@ -65,6 +74,21 @@ class Countdown(DatasetTask):
         return float(outcome is not None and outcome == (example["target"], sorted(example["numbers"])))
 
 
+def integer(name: str, value: Any, *, lowest: int | None = None) -> int:
+    """The whole number that a cell holds.
+
+    >>> integer("target", "46.0"), integer("target", -3)
+    (46, -3)
+
+    Raises:
+        ValueError: it holds something else, or a number below ``lowest``.
+    """
+    written = re.fullmatch(r"\s*(-?[0-9]{1,18})(?:\.0*)?\s*", str(value)) if type(value) in (int, float, str) else None
+    if not written or (lowest is not None and int(written[1]) < lowest):
+        raise ValueError(f"{name}: {value!r} is no whole number{'' if lowest is None else f' of at least {lowest}'}")
+    return int(written[1])
+
+
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
     r"""Value and sorted numbers of an expression; None if it is none.
 
@@ -72,8 +96,9 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
     (Fraction(100, 1), [3, 7, 25])
     """
     text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text[: 2 * LONGEST].translate(SIGNS))
-    text = re.sub(r"\\div(?![A-Za-z])", "/", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text)).partition("=")[0]
-    text = text.strip().rstrip(".")
+    text = re.sub(r"\\div(?![A-Za-z])", "/", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text))
+    sides = [side.strip() for side in text.split("=")]
+    text = sides[1 if len(sides) > 1 and re.fullmatch("[0-9]+", sides[0]) else 0].rstrip(".")
     if len(text) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", text):
         return None
     try:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,21 @@ SHOTS = "shots"  # a source besides the splits: where examples with their answer
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 ALIASES = {"validation": ("valid", "val", "dev")}  # other names of a split's file in a folder
 
+HUB_ID = re.compile(
+    r"(?P<hub>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@:\s]+))?(?::(?P<config>[^@:]+))?"
+)
+
 Row = dict[str, Any]
+
+
+class FoundRow(Row):
+    """A row, with the place where it was found for messages about it."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, row: Row, place: str):
+        super().__init__(row)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -36,11 +51,13 @@ class Source:
         hub: its id, ``owner/name``.
         config: the configuration ("subset") of the dataset, where it has several.
         split: what the dataset calls this split.
+        revision: a branch, tag or commit of the dataset; its newest state if None.
     """
 
     hub: str
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +123,12 @@ class DatasetTask(Task):
     rest, so that equal questions never stand on both sides.
 
     Args:
-        data: where rows come from; None is the task's own place on the hub. A hub id (``owner/name``, or
-            ``owner/name:config``); one file (JSON, JSONL, Parquet or CSV with a header), out of which all three splits
-            are taken; a folder with one file per split (``train.jsonl``, ``test.parquet``, ...); or a mapping from
-            ``train``, ``validation``, ``test`` (and ``shots``) to files. Cells of CSV files are read as text.
+        data: where rows come from; None is the task's own place on the hub. A hub id (``owner/name``,
+            ``owner/name:config``, and with a branch, tag or commit ``owner/name@revision`` or
+            ``owner/name@revision:config``); one file (JSON, JSONL, Parquet or CSV with a header), out of which all
+            three splits are taken; a folder with one file per split (``train.jsonl``, ``test.parquet``, ...); or a
+            mapping from ``train``, ``validation``, ``test`` (and ``shots``) to files. Cells of CSV files are read as
+            text.
         shots: how many examples with their answers precede the question. They are the first rows of ``shots`` data if
             there are any, else the first of ``train``, which are then no training examples.
         gen_length: L; the task's own by default.
@@ -156,7 +175,9 @@ class DatasetTask(Task):
         self.gen_length = at_least_one("gen_length", type(self).gen_length if gen_length is None else gen_length)
         self.max_prompt_chars = None if max_prompt_chars is None else at_least_one("max_prompt_chars", max_prompt_chars)
         self.style = self._choose(prompt_style)
-        self.prefilled = bool(prefilled)
+        if not isinstance(prefilled, bool):
+            raise ValueError(f"prefilled={prefilled!r} is not valid: choose True or False")
+        self.prefilled = prefilled
         if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 <= held_out <= 0.4:
             raise ValueError(f"held_out={held_out!r}: need a share between 0 and 0.4")
         self.held_out = float(held_out)
@@ -169,7 +190,11 @@ class DatasetTask(Task):
     # ---- what a subclass says ----
 
     def prepare(self, row: Row) -> Row | None:
-        """The example that a raw row makes (its fields as they are by default); None leaves the row out."""
+        """The example that a raw row makes (its fields as they are by default); None leaves the row out.
+
+        Raises:
+            ValueError: the row makes no example; whoever reads the row adds where it stands.
+        """
         return row
 
     @abstractmethod
@@ -215,7 +240,7 @@ class DatasetTask(Task):
             return style
         if style is None:
             return next(iter(self.styles.values()))
-        if style not in self.styles:
+        if not isinstance(style, str) or style not in self.styles:
             raise ValueError(f"prompt_style={style!r} is not known: choose one of {', '.join(self.styles)}")
         return self.styles[style]
 
@@ -245,7 +270,13 @@ class DatasetTask(Task):
         if not kept:
             why = f"max_prompt_chars={cap} drops all {len(rows)}" if rows else "the data hold no row for it"
             raise ValueError(f"split={split!r} of task {self.name!r} is empty: {why}")
-        return Dataset.from_list(kept)
+        columns = dict.fromkeys(column for row in kept for column in row)  # from_list takes those of the first row only
+        try:
+            return Dataset.from_list([{column: row.get(column) for column in columns} for row in kept])
+        except Exception as error:  # Arrow has a kind of its own for every way in which rows can differ
+            raise ValueError(
+                f"data={self.data!r}: a column of split {split!r} holds values of different types ({error})"
+            ) from error
 
     def _part(self, split: str) -> list[Row]:
         """The rows of a split: its own source, or its share of ``train``."""
@@ -273,33 +304,51 @@ class DatasetTask(Task):
     def _read(self, key: str) -> list[Row]:
         """The prepared rows of one source."""
         if key not in self._rows:
-            raw = self._load(key)
-            lacking = [field for field in self.fields if raw and field not in raw[0]]
+            examples = [self._example(row, number) for number, row in enumerate(self._load(key), 1)]
+            self._rows[key] = [example for example in examples if example is not None]
+        return self._rows[key]
+
+    def _example(self, row: Row, number: int) -> Row | None:
+        """The example of a row, checked as far as the prompt needs it."""
+        try:
+            lacking = [field for field in self.fields if field not in row]
             if lacking:
                 raise ValueError(
-                    f"data={self.data!r}: rows for {key!r} lack the columns {', '.join(lacking)} that task "
-                    f"{self.name!r} needs; they have {', '.join(map(str, raw[0]))}"
+                    f"lacks the columns {', '.join(lacking)} that task {self.name!r} needs; it has "
+                    f"{', '.join(map(str, row))}"
                 )
-            self._rows[key] = [example for example in map(self.prepare, raw) if example is not None]
-        return self._rows[key]
+            example = self.prepare(row)
+            if example is not None:
+                self.question(example)
+        except Exception as error:  # cells may hold anything, a subclass may stumble over it in any way
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            place = getattr(row, "place", f"row {number} of {self.data!r}")
+            raise ValueError(f"data: {place}: {kind}{str(error)[:500]}") from error
+        return example
 
     def _load(self, key: str) -> list[Row]:
         source = self._sources[key]
         if isinstance(source, Source):
             return self._download(source)
-        return [row for path in source for row in read_rows(path)]
+        return [
+            FoundRow(row, f"row {number} of {str(path)!r}")
+            for path in source
+            for number, row in enumerate(read_rows(path), 1)
+        ]
 
     def _download(self, source: Source) -> list[Row]:
         from datasets import load_dataset
 
         try:
-            return load_dataset(source.hub, source.config, split=source.split).to_list()
+            rows = load_dataset(source.hub, source.config, split=source.split, revision=source.revision).to_list()
         except Exception as error:  # the hub client raises a dozen kinds: offline, gated, unknown, malformed
             raise ValueError(
                 f"data={self.data!r}: task {self.name!r} cannot load split {source.split!r} of {source.hub} from the "
                 f"hub ({type(error).__name__}: {str(error)[:200]}). Check the connection (for data behind a login, "
-                "`hf auth login`), or name local files with task.data=FILE_OR_FOLDER"
+                "`hf auth login`), or name local files that exist with task.data=FILE_OR_FOLDER"
             ) from error
+        where = f"{source.split!r} of {source.hub}"
+        return [FoundRow(row, f"row {number} of split {where}") for number, row in enumerate(rows, 1)]
 
     def _locate(self, data: Any) -> dict[str, Source | list[Path]]:
         """Split (or ``"shots"``) -> where its rows are; touches no network."""
@@ -310,19 +359,20 @@ class DatasetTask(Task):
             if unknown or not data:
                 raise ValueError(f"data={dict(data)!r}: need files by split, {', '.join((*SPLITS, SHOTS))}")
             return {key: [existing(path)] for key, path in data.items()}
-        if not isinstance(data, str | Path):
+        if not isinstance(data, str | Path) or not str(data).strip():
             raise ValueError(f"data={data!r}: need a hub id, a file, a folder, or files by split")
         if Path(data).is_dir():
             return self._in_folder(Path(data))
         if Path(data).suffix in SUFFIXES:
             return {"train": [existing(data)]}
-        hub, _, config = str(data).partition(":")
-        if hub.count("/") != 1 or not all(hub.split("/")):
+        hub = HUB_ID.fullmatch(str(data))
+        if not hub or set(SUFFIXES) & {suffix.lower() for suffix in Path(data).suffixes}:  # k.jsonl.gz is a file
             raise ValueError(
                 f"data={data!r} is no file that ends in {', '.join(SUFFIXES)}, no folder that exists and no hub id "
-                "owner/name"
+                "owner/name, owner/name:config, owner/name@revision or owner/name@revision:config"
             )
-        return {key: Source(hub, config or None, own.split) for key, own in self.hub.items()} or {"train": Source(hub)}
+        splits = {key: own.split for key, own in self.hub.items()} or {"train": "train"}
+        return {key: Source(split=split, **hub.groupdict()) for key, split in splits.items()}
 
     def _in_folder(self, folder: Path) -> dict[str, Source | list[Path]]:
         found: dict[str, Source | list[Path]] = {}
@@ -363,14 +413,32 @@ def read_rows(path: Path) -> list[Row]:
             return parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":  # all text: a puzzle such as 0012 keeps its zeros
-            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            if any(None in row for row in rows):
+                raise ValueError("a row has more cells than the header: quote cells that hold commas")
+            return rows
         is_list = path.suffix == ".json" and text.lstrip().startswith("[")
         rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError, RecursionError, csv.Error) as error:
         raise ValueError(f"data: {str(path)!r} cannot be read as {path.suffix[1:]} ({error})") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"data: {str(path)!r} holds something other than rows (objects with named fields)")
     return rows
+
+
+def cell(row: Row, column: str) -> str:
+    """What a cell holds, as a text without blanks around it.
+
+    >>> cell({"answer": 0}, "answer")
+    '0'
+
+    Raises:
+        ValueError: it is empty, or neither a text nor a number.
+    """
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value or not str(value).strip():
+        raise ValueError(f"the column {column!r} holds {value!r}: need a text")
+    return str(value).strip()
 
 
 def at_least_one(name: str, value: Any) -> int:

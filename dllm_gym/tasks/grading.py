@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import zip_longest
 
-from dllm_gym.tasks.latex import strip_macros
+from dllm_gym.tasks.latex import strip_macros, visible
 
 LIMIT = 20_000  # characters: of a longer text only the end is read (L = 256 tokens are about 1,000)
 TOLERANCE = Fraction(1, 10**6)
@@ -32,12 +32,20 @@ _HASHES = re.compile(
 _NUMBER = re.compile(
     r"""(?<![0-9.])                              # not inside another number
         (?:(?<![0-9A-Za-z)\]}])-)?               # a sign; after an operand it is a subtraction
-        (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) (?:\.[0-9]+)? | [0-9]+(?:\.[0-9]+)? | \.[0-9]+ )
+        (?: [0-9]{1,9}[ ]{1,3}(?=[0-9]{1,9}/[0-9]{1,9}(?![0-9.])) [0-9]+      # a mixed number, 2 1/2
+        | [0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[ ][0-9]{3})+)(?![0-9]) (?:\.[0-9]+)?  # 12,000 or 12 000
+        | [0-9]+(?:\.[0-9]+)? | \.[0-9]+ )
         (?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?
         (?:/[0-9]{1,30}(?![0-9.]))?              # a fraction""",
     re.VERBOSE,
 )
-_FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_PART = r"(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))"
+_FRACTION = re.compile(rf"\\[dtc]?frac\s*{_PART}\s*{_PART}")
+_AFTER_WHOLE = re.compile(r"(?<=[0-9])\s*(?=\\[dtc]?frac)")
+_EXPONENT = r"[ ]?\^[ ]?(?:\{[ ]?([-+]?[0-9]{1,3})[ ]?\}|([-+]?[0-9]{1,3}))"
+_POWER_OF_TEN = re.compile(rf"([0-9])[ ]?(?:\\times|\\cdot|[×·*x])[ ]?10{_EXPONENT}")
+_UNIT_POWER = re.compile(rf"(?<=[A-Za-z)}}]){_EXPONENT}")  # of m^2
+_SPACED_SIGN = re.compile(r"(?<==)([ ]{0,9}-)[ ]{1,9}(?=[0-9.])")
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
@@ -98,13 +106,16 @@ def tagged(text: str) -> str | None:
 def numbers(text: str) -> list[Fraction]:
     r"""The decimal numbers of a text, in order.
 
-    Thousands may be grouped by commas; currency signs, units and percent signs are passed over (50% reads 50).
+    Thousands may be grouped by commas or spaces; currency signs, units and percent signs are passed over (50% reads
+    50). Fractions, mixed numbers (2 1/2) and powers of ten (1.5 * 10^3) are read whole.
 
-    >>> [str(n) for n in numbers(r"$1,234.50, then -5 of 3/4 and \frac{1}{2}, 7-2 km.")]
-    ['2469/2', '-5', '3/4', '1/2', '7', '2']
+    >>> [str(n) for n in numbers(r"$1,234.50, then -5 of 3/4 and 1\frac{1}{2}, 7-2 km^2.")]
+    ['2469/2', '-5', '3/4', '3/2', '7', '2']
     """
-    text = strip_macros(text[-LIMIT:].replace("\u2212", "-"))
-    text = re.sub(r"[$€£]", "", _FRACTION.sub(r" \1/\2 ", text).replace("{,}", ",").replace("*", " "))
+    text = strip_macros(visible(text[-LIMIT:])).replace("{,}", ",")
+    text = re.sub(r"[$€£]", "", _FRACTION.sub(r"\1\2/\3\4 ", _AFTER_WHOLE.sub(" ", text)))
+    text = _UNIT_POWER.sub("", _POWER_OF_TEN.sub(r"\1e\2\3", text))
+    text = _SPACED_SIGN.sub(r"\1", text.replace("*", "|"))  # 5*3 is not 53, 5 * 1/2 not 5 1/2
     return [value for value in map(_value, _NUMBER.findall(text)) if value is not None]
 
 
@@ -112,8 +123,12 @@ def _value(number: str) -> Fraction | None:
     if len(number) > 64:  # no answer of a person has so many digits, and huge integers are slow
         return None
     try:
-        numerator, _, denominator = number.replace(",", "").partition("/")
-        return Fraction(numerator) / Fraction(denominator or 1)
+        rest, _, denominator = number.replace(",", "").partition("/")
+        whole, _, numerator = rest.rpartition(" ") if denominator else ("", "", rest.replace(" ", ""))
+        part = Fraction(numerator) / Fraction(denominator or 1)
+        if not whole.strip() or part >= 1:  # 3 5/2 is no mixed number
+            return part
+        return Fraction(whole) + (-part if whole.startswith("-") else part)
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -127,7 +142,7 @@ def number_answer(reply: str) -> Fraction | None:
     (Fraction(1500, 1), Fraction(15, 1))
     """
     mark = marked(reply)
-    found = numbers(reply if mark is None else mark)
+    found = numbers(reply if mark is None else f"={mark}")  # "- 72" is negative in a mark, an item of a list elsewhere
     return found[-1] if found else None
 
 
@@ -137,5 +152,5 @@ def same_number(gold: str, reply: str) -> bool:
     >>> same_number("72", "<answer>72 clips</answer>"), same_number("72", "72, or 73")
     (True, False)
     """
-    right, given = numbers(gold), number_answer(reply)
+    right, given = numbers(f"={gold}"), number_answer(reply)
     return bool(right) and given is not None and abs(given - right[-1]) <= TOLERANCE

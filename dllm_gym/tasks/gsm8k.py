@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import DatasetTask, Row, Source
+from dllm_gym.tasks.dataset import DatasetTask, Row, Source, cell
 from dllm_gym.tasks.grading import numbers, same_number
 
 
@@ -35,11 +35,11 @@ class GSM8K(DatasetTask):
     fields = ("question", "answer")
 
     def prepare(self, row: Row) -> Row:
-        working, _, answer = str(row["answer"]).rpartition("####")
+        working, _, answer = cell(row, "answer").rpartition("####")
         if not numbers(answer):
-            raise ValueError(f"data={self.data!r}: the answer {row['answer']!r} of a row has no number")
+            raise ValueError(f"the answer {row['answer']!r} has no number")
         working = re.sub(r"<<.*?>>", "", working).strip()
-        return {"question": str(row["question"]).strip(), "working": working, "answer": answer.strip()}
+        return {"question": cell(row, "question"), "working": working, "answer": answer.strip()}
 
     def question(self, example: Example) -> str:
         return f"{example['question']}\nWork it out step by step and put the final number into \\boxed{{}}."

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import DatasetTask, Row, Source
+from dllm_gym.tasks.dataset import DatasetTask, Row, Source, cell
 from dllm_gym.tasks.grading import boxes, marked
-from dllm_gym.tasks.latex import equivalent_all
+from dllm_gym.tasks.latex import equivalent, equivalent_all
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Math(DatasetTask):
@@ -24,6 +28,9 @@ class Math(DatasetTask):
 
     Args:
         settings: those of :class:`~dllm_gym.tasks.dataset.DatasetTask`.
+
+    Raises:
+        ValueError: as of any such task, or (at the first use) math-verify cannot be loaded.
     """
 
     name = "math"
@@ -34,10 +41,21 @@ class Math(DatasetTask):
     def prepare(self, row: Row) -> Row:
         working = str(row.get("solution") or "")
         boxed = [content for _, content in boxes(working) if content.strip()]
-        answer = str(row.get("answer") or (boxed[-1] if boxed else "")).strip()
-        if not answer:
-            raise ValueError(f"data={self.data!r}: the problem {row['problem']!r} has no answer and no boxed solution")
-        return {"problem": str(row["problem"]).strip(), "working": working.strip(), "answer": answer}
+        problem = cell(row, "problem")
+        if row.get("answer") not in (None, ""):
+            answer = cell(row, "answer")
+        elif boxed:
+            answer = boxed[-1].strip()
+        else:
+            raise ValueError(f"the problem {problem!r} has no answer and no boxed solution")
+        return {"problem": problem, "working": working.strip(), "answer": answer}
+
+    def examples(self, split: str) -> Dataset:
+        try:
+            equivalent("x + x", "2x")  # before the first episode, not at its end
+        except RuntimeError as error:
+            raise ValueError(f"task {self.name!r} needs math-verify: pip install math-verify ({error})") from error
+        return super().examples(split)
 
     def question(self, example: Example) -> str:
         return f"{example['problem']}\nDerive the result step by step and put it, in LaTeX, into \\boxed{{}}."

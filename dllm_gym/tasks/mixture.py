@@ -49,6 +49,8 @@ class Mixture(Task):
         gen_length: int | None = None,
         name: str | None = None,
     ):
+        if not isinstance(tasks, Mapping | Sequence):
+            raise ValueError(f"tasks={tasks!r}: need a list of tasks, or a mapping from names to tasks")
         named = tasks.items() if isinstance(tasks, Mapping) else [(getattr(task, "name", ""), task) for task in tasks]
         self.tasks = dict(named)
         if len(self.tasks) < len(named) or not named or not all(isinstance(task, Task) for task in self.tasks.values()):
@@ -65,7 +67,8 @@ class Mixture(Task):
     def _check(self, weights: Mapping[str, float] | Sequence[float]) -> dict[str, float]:
         given = weights
         if not isinstance(weights, Mapping):
-            weights = dict(zip(self.tasks, weights, strict=True)) if len(weights) == len(self.tasks) else {}
+            fits = isinstance(weights, Sequence) and len(weights) == len(self.tasks)
+            weights = dict(zip(self.tasks, weights, strict=True)) if fits else {}
         good = all(
             isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < math.inf for w in weights.values()
         )

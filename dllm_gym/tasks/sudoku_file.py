@@ -8,15 +8,21 @@ from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, Row
 from dllm_gym.tasks.grading import LIMIT, marked
 
-_CELLS = re.compile(r"[0-9._](?:[\s|,]*[0-9._])*")
+# cells with little between them; then also as lists, tables, matrices and bold text write them: the text before a grid
+# may end in such a sign, too, so both are tried; a blank line ends the second kind
+_CELLS = (
+    re.compile(r"[0-9._](?:[\s|,]*[0-9._])*"),
+    re.compile(r"[0-9._](?:(?:(?!\n[ ]*\n)[\s|,\[\]*\\&:+-])*[0-9._])*"),
+)
+_ROW_NAME = re.compile(r"\brow[ ]?[0-9][ ]?:", re.IGNORECASE)
 
 
 class SudokuFile(DatasetTask):
     r"""Complete a 4x4 grid with one answer; needs a file with the columns ``Puzzle`` and ``Solution``, 16 digits each.
 
-    0 is a blank cell. The answer is the last grid (16 digits, whatever blanks, bars and commas stand between them) in
-    the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without a mark in the whole reply. Example fields: ``puzzle``,
-    ``solution``.
+    0 is a blank cell. The answer is the last grid (16 digits, whatever blanks, bars, commas, brackets, dashes,
+    asterisks or line breaks of LaTeX stand between them) in the reply's mark (:mod:`~dllm_gym.tasks.grading`), or
+    without a mark in the whole reply. Example fields: ``puzzle``, ``solution``.
 
     >>> task = SudokuFile(score="cells")
     >>> example = {"puzzle": "1204341221404321", "solution": "1234341221434321"}
@@ -44,9 +50,7 @@ class SudokuFile(DatasetTask):
         puzzle, solution = (f"{c:016d}" if isinstance(c, int) else str(c).strip() for c in cells)  # ints lose zeros
         digits = re.fullmatch("[0-4]{16}", puzzle) and re.fullmatch("[1-4]{16}", solution) and "0" in puzzle
         if not digits or any(given not in ("0", cell) for given, cell in zip(puzzle, solution, strict=True)):
-            raise ValueError(
-                f"data={self.data!r}: {puzzle!r}, {solution!r} is no 4x4 puzzle with blanks and its answer"
-            )
+            raise ValueError(f"{puzzle!r}, {solution!r} is no 4x4 puzzle with blanks and its answer")
         return {"puzzle": puzzle, "solution": solution}
 
     def question(self, example: Example) -> str:
@@ -63,13 +67,28 @@ class SudokuFile(DatasetTask):
 
     def grade(self, example: Example, completion: str) -> float:
         reply = self.whole_reply(example, completion)
-        runs = (re.sub(r"[\s|,]", "", run) for run in _CELLS.findall((marked(reply, hashes=False) or reply)[-LIMIT:]))
-        grids = [run for run in runs if len(run) == 16]
-        if not grids:
+        cells = last_grid((marked(reply, hashes=False) or reply)[-LIMIT:])
+        if not cells:
             return 0.0
-        cells = grids[-1]
         right = [c == s for c, p, s in zip(cells, example["puzzle"], example["solution"], strict=True) if p == "0"]
         return sum(right) / len(right) if self.score == "cells" else float(cells == example["solution"])
+
+
+def last_grid(text: str) -> str:
+    """The sixteen cells of the last grid in a text; empty without one.
+
+    >>> last_grid("First 1234341221434320, then [[1,2,3,4], [3,4,1,2], [2,1,4,3], [4,3,2,1]].")
+    '1234341221434321'
+    """
+    text = _ROW_NAME.sub(" ", text)
+    grids = []
+    for pattern in _CELLS:
+        for match in pattern.finditer(text):
+            cells = re.sub(r"[^0-9._]", "", match.group())
+            cells = cells if len(cells) == 16 else cells.strip(".")  # the full stop of a sentence
+            if len(cells) == 16:
+                grids.append((match.end(), cells))
+    return max(grids)[1] if grids else ""
 
 
 def lines(cells: str) -> str:
