@@ -152,7 +152,7 @@ def test_watch_replays_one_decoding(tmp_path):
 
 
 def test_plot_draws_results_again(trained, tmp_path):
-    call("plot", tmp_path, f"results={trained / 'results.json'}", f"picture={tmp_path / 'again.png'}")
+    run("plot.py", f"results={trained / 'results.json'}", f"picture={tmp_path / 'again.png'}")
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -231,7 +231,7 @@ def test_sweeps_over_agents_make_one_table(tmp_path):
     run("train.py", *sweep, f"hydra.sweep.dir={tmp_path}")
     assert len(list(tmp_path.rglob("results.json"))) == 4
     table = tmp_path / "table.csv"
-    call("compare", tmp_path / "compare", f"runs={tmp_path}", f"table={table}", "evaluated=sampled")
+    run("compare.py", f"runs={tmp_path}", f"table={table}", "evaluated=sampled")
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert {row["agent"] for row in rows} == {"grpo", "upo"}
