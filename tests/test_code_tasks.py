@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dllm_gym.tasks.code import MBPP, HumanEval, KodCode, why_not_callable
-from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, impossible, make_sandbox
+from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, make_sandbox
 
 DOUBLE = {
     "task_id": "Own/0",
@@ -248,8 +248,15 @@ def test_all_164_broken_bodies_fail(human_eval):
     assert task.grade_all(examples, ["    return NotImplemented\n```"] * 164) == [0.0] * 164
 
 
-def test_no_published_solution_passes_the_impossible_check(human_eval):
-    """Else it would be taken for a forgery; and in nearly all of them the asserts themselves say so."""
+def test_an_object_that_equals_whatever_is_a_value_solves_nothing(human_eval):
     task, examples = human_eval
-    checks = [impossible(task.check(example)) for example in examples]
-    assert sum("object() ==" in check for check in checks) > 150
+    liar = "class Yes(int):\n    __hash__ = int.__hash__\n    def __eq__(self, other):\n"
+    liar += "        return isinstance(other, (int, float, str, list, tuple, dict, set, type(None)))\n"
+    bodies = [f"    return Yes(3)\n{liar}\ndef {e['entry_point']}(*_): return Yes(3)\n```" for e in examples]
+    assert sum(task.grade_all(examples, bodies)) == 0
+
+
+def test_tests_of_kodcode_get_the_memory_that_packages_map(kod, any_sandbox):
+    assert KodCode(sandbox=any_sandbox.name).sandbox._settings["memory"] == 2048
+    example = kod.prepare({**KOD, "test": "import torch\n" + KOD["test"]})
+    assert kod.grade(example, "    return text[::-1]\n") == 1.0

@@ -62,11 +62,11 @@ def two_updates(scripts, envs, *overrides):
     torch.manual_seed(0)
     policy = shared.make_policy(cfg, torch.device("cpu"))
     before = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    algorithm, behaviour = train.make_algorithm(cfg, policy)
+    learner = train.make_learner(cfg, policy)
     collector = Collector(envs, Prompts(50, 0), 0, 3, 3)
     for _ in range(2):
-        episodes = collector.collect(algorithm, behaviour)
-        metrics = algorithm.update(episodes.batch, episodes.reward, episodes.group)
+        episodes = collector.collect(learner.algorithm, learner.player)
+        metrics = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
     return metrics, before, torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 

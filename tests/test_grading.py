@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,11 +13,11 @@ from fractions import Fraction
 
 import pytest
 
-from dllm_gym.tasks import GSM8K, Countdown, Math, SudokuFile, latex
+from dllm_gym.tasks import GSM8K, Countdown, Math, SudokuFile, latex, workers
 from dllm_gym.tasks.countdown import evaluate
 from dllm_gym.tasks.grading import boxes, marked, number_answer, numbers, same_number
 from dllm_gym.tasks.latex import equivalent, equivalent_all
-from dllm_gym.tasks.workers import Pool, Worker
+from dllm_gym.tasks.workers import Pool, Worker, harmless
 
 # ---- numbers ----
 
@@ -460,6 +461,80 @@ for attempt in (lambda: open({str(file)!r}, "w"), lambda: __import__("os").syste
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["refused"] * 6, done.stderr
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "fine"),
+    [
+        ("1 2 3", True),
+        ("[[1, 2], ['a', None]]", True),
+        ('{"a": [true, null]}', True),
+        ("3*x**2/2 - sin(x) + C", True),
+        ("(7 * 3) + 25", True),
+        ("2 / 3.5", True),
+        ("__name__", False),
+        ("open(x)", False),
+        ("ｏpen(x)", False),
+        ("exec (x)", False),
+        ("(exec)(x)", False),
+        ("[exec][0](x)", False),
+        ("x.y", False),
+        ("x. y", False),
+        ("'exec(x)'", False),
+        ("sin('x')", False),
+        ("S('open')", False),
+        ("f'{x}'", False),
+    ],
+)
+def test_only_formulas_and_literals_are_evaluated(answer, fine):
+    assert harmless(answer) is fine
+
+
+@needs_proc
+def test_what_is_asked_apart_cannot_change_the_worker_speak_for_it_or_stay():
+    code = """
+import os, resource, signal, sys, time
+from dllm_gym.tasks.workers import alarm, apart
+known = []
+alarm(0.2)
+print(apart(lambda: known.append(1) or 0.5), known)
+print(apart(lambda: 1 / 0), apart(lambda: os._exit(3)), apart(lambda: os.system("true")))
+print(apart(lambda: os.write(1, b"forged") and 1.0))
+def endless():
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    time.sleep(99)
+alarm(0.1)
+signal.setitimer(signal.ITIMER_REAL, 20)  # the caller's own alarm comes later
+print(apart(endless))
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert done.stdout.split("\n") == ["0.5 []", "None None None", "None", "None", ""]
+
+
+@needs_proc
+def test_a_worker_that_puts_off_its_alarm_is_killed_by_whoever_asked(monkeypatch):
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)
+    worker = Worker("latex", 0.02)
+    os.kill(worker.process.pid, signal.SIGSTOP)  # a stopped process has no alarm
+    begin = time.monotonic()
+    assert worker.ask(["x+x", "2x"]) is None
+    worker.close()
+    assert time.monotonic() - begin < 5 and gone([worker.process.pid])
+
+
+def test_a_system_without_free_processes_is_asked_again(monkeypatch):
+    real, failures = subprocess.Popen, [BlockingIOError()]
+
+    def crowded(*arguments, **settings):
+        if failures:
+            raise failures.pop()
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", crowded)
+    pool = Pool("latex", seconds=2.0)
+    assert pool.ask("x+x", "2x") is True and failures == []
+    pool.close()
 
 
 def test_questions_travel_as_json_whatever_they_hold():

@@ -557,6 +557,35 @@ def test_reasoning_answers_are_scored_by_the_generators_own_scorer(reasoning):
         assert 0 <= reasoning.grade(examples[0], text) < 0.1  # a wrong grid of the right form gets 0.01 there
 
 
+def test_an_answer_that_a_scorer_would_evaluate_neither_runs_nor_lasts(reasoning, tmp_path):
+    spiral = ReasoningGym("spiral_matrix", options={"size": 1000}, sizes={"train": 2, "validation": 2, "test": 2})
+    example, file = spiral.examples("train")[0], tmp_path / "left"
+    attacks = [
+        "[__import__('os').write(3, b'[1.0]\\n')]",
+        "[exec('im' + 'port os; os.write(4, b\"1.0\")')]",
+        "[setattr(type(vars()['self']), 'score_answer', lambda *a, **k: 1.0)]",
+        f"[vars(vars()['sys'])['modules']['os'].mknod({str(file)!r})]",
+        f"[open({str(file)!r}, 'w')]",
+        "[__import__('signal').setitimer(0, 0), any(0 for _ in iter(int, 1))]",
+    ]
+    for attack in attacks:
+        scores = spiral.grade_all(
+            [example] * 3, [f"<answer>{text}</answer>" for text in (attack, "1 2", example["answer"])]
+        )
+        assert scores == [0.0, 0.0, 1.0], attack
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [("n_queens", {"size": 20}), ("countdown", {}), ("simple_integration", {}), ("string_insertion", {})],
+)
+def test_right_answers_to_evaluating_scorers_count(reasoning, dataset, options):
+    task = ReasoningGym(dataset, options=options, sizes={"train": 2, "validation": 2, "test": 2})
+    examples = task.examples("train").to_list()
+    assert task.grade_all(examples, [task.solution(example) for example in examples]) == [1.0] * 2
+
+
 def test_reasoning_says_what_is_wrong(reasoning, monkeypatch):
     with pytest.raises(ValueError, match="dataset='chess960'.*reasoning-gym refuses this"):
         ReasoningGym("chess960").examples("test")

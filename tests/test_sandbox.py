@@ -16,7 +16,8 @@ import pytest
 from hostile.programs import CHECK, FORGERS, GREEDY, INTRUDERS
 
 from dllm_gym.tasks import sandbox as sandbox_module
-from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, impossible, libraries, make_sandbox
+from dllm_gym.tasks.launcher import FILTERED, IO_URING
+from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, erase, impossible, libraries, make_sandbox
 
 ROOT = Path(__file__).parents[1]
 DOUBLE = "def solve(x):\n    return 2 * x\n"
@@ -197,18 +198,139 @@ def test_the_folders_shown_are_libraries_and_none_lies_in_another():
 # ---- the impossible check ----
 
 
-def test_an_impossible_check_fails_the_right_program():
-    for check in (CHECK, "assert 8 == solve(4)", "assert solve(4) > 7", "assert abs(solve(4) - 8) < 1e-6", ""):
-        scope: dict = {}
-        exec(DOUBLE + check, scope)
-        with pytest.raises(AssertionError):
-            exec(DOUBLE + impossible(check), dict(scope))
+LIAR = """
+class Yes:
+    __eq__ = __lt__ = lambda self, other: type(other) is not object
+    __sub__ = __rsub__ = lambda self, other: self
+    __abs__ = lambda self: self
+"""
 
 
-def test_an_impossible_check_asks_the_same_calls():
-    assert impossible("assert f(1) == 2, 'no'") == "assert f(1) == object() or object() == 2, 'no'"
-    assert impossible("assert not f(1)") == "assert not f(1)\nraise AssertionError"
-    assert impossible("assert (") == "assert ("
+def outcome(program: str, check: str) -> bool:
+    """Whether a program and then a check run to their end, in this process."""
+    scope: dict = {"__name__": "solution"}
+    try:
+        exec(program, scope)
+        exec(check, scope)
+    except AssertionError:
+        return False
+    return True
+
+
+UNEQUAL = [  # checks that are passed by a right program, and by an object that equals everything
+    "assert solve(4) == 8",
+    "assert 8 == solve(4), 'no'",
+    "assert solve(4) == 8 and solve(0) == 0",
+    "assert 8 == solve(4) == 8",
+    "assert abs(solve(4) - 8) < 1e-6",
+    "assert [solve(4), 1] == [8, 1]",
+    "assert {'x': (solve(4),)} == {'x': (8,)}",
+    "assert solve(4) in [8]",
+    "assert solve(4)",
+    "assert all(solve(x) == y for x, y in [(4, 8)])",
+    "right = solve(4) == 8\nassert right",
+    "from __future__ import annotations\nassert solve(4) == 8",
+]
+
+
+@pytest.mark.parametrize("check", UNEQUAL)
+def test_the_impossible_check_fails_the_right_program_and_passes_a_liar(check):
+    liar = LIAR + "def solve(x):\n    return Yes()\n"
+    assert outcome(DOUBLE, check) and outcome(liar, check)
+    assert not outcome(DOUBLE, impossible(check)) and outcome(liar, impossible(check))
+
+
+HONEST = [  # checks whose comparisons are not reached, swallowed, or made with values of honest classes
+    "import contextlib\nwith contextlib.suppress(ZeroDivisionError):\n    assert 1 / 0 == solve(4)",
+    "for x in []:\n    assert solve(x) == 1",
+    "def helper():\n    assert solve(1) == 3",
+    "try:\n    assert solve(4) == 9\nexcept AssertionError:\n    pass",
+    "from decimal import Decimal\nassert solve(Decimal(4)) == 8 and solve(Decimal('inf')) > 3",
+    "from fractions import Fraction\nassert 0 < solve(Fraction(1, 4)) < 1 and solve(Fraction(4)) == 8",
+    "import numpy\nassert (solve(numpy.arange(3)) == [0, 2, 4]).all() and solve(numpy.float64(4)) == 8",
+    "from unittest.mock import ANY\nassert solve(4) == ANY",
+    "import pytest\nassert solve(0.1) == pytest.approx(0.2)",
+    "from collections import Counter, deque\nassert deque([solve(4)]) == deque([8]) and Counter('a') == {'a': 1}",
+    "class Half:\n    def __init__(self, x): self.x = x\n    def __mul__(self, y): return Half(self.x * y)\n"
+    "    __rmul__ = __mul__\n    def __eq__(self, other): return self.x == getattr(other, 'x', other)\n"
+    "assert solve(Half(2)) == Half(4) and solve(Half(2)) == 4",
+    "",
+    "assert solve(4) == 0x" + "f" * 5000 + " or True",
+]
+
+
+@pytest.mark.parametrize("check", HONEST)
+def test_no_honest_program_passes_the_impossible_check(check):
+    assert outcome(DOUBLE, check)
+    assert not outcome(DOUBLE, impossible(check))
+
+
+def test_honest_programs_are_not_called_forged(either):
+    verdicts = either.run_all([DOUBLE] * 4, HONEST[:4])
+    assert [verdict.reason for verdict in verdicts] == ["passed"] * 4
+
+
+def test_a_check_that_is_no_python_fails_everybody(either):
+    assert not either.run(DOUBLE, "assert (").passed
+
+
+def test_a_deep_or_locked_folder_is_removed(tmp_path):
+    folder = tmp_path / "deep"
+    script = """
+import os, sys
+os.mkdir(sys.argv[1]); os.chdir(sys.argv[1])
+for number in range(1100):
+    open('file', 'w').close(); os.symlink('/', 'link')
+    os.mkdir('d' * 200); os.chdir('d' * 200)
+os.chmod('.', 0)
+"""
+    subprocess.run([sys.executable, "-c", script, folder], check=True)
+    assert erase(str(folder))
+    assert not folder.exists()
+    assert erase(str(folder))
+
+
+def test_a_program_with_deep_folders_does_not_stop_the_scorer(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = "import os\nfor _ in range(1100):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\n"
+    assert sandbox("rlimit").run(program).passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_without_free_processes_is_asked_again(monkeypatch):
+    real, failures = subprocess.Popen, [BlockingIOError(), BlockingIOError()]
+
+    def crowded(*arguments, **settings):
+        if failures:
+            raise failures.pop()
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", crowded)
+    assert sandbox("rlimit").run(DOUBLE, CHECK).passed
+    assert failures == []
+
+
+def test_locks_and_pools_of_processes_work(namespace):
+    program = "import multiprocessing as m\nm.Lock()\nwith m.Pool(2) as pool: print(pool.map(abs, [1, -2]))"
+    assert namespace.run(program).output == "[1, 2]\n"
+
+
+@pytest.mark.skipif(os.uname().machine not in FILTERED, reason="no filter for this processor")
+def test_dangerous_system_calls_are_refused(either):
+    program = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for number in NUMBERS:
+    print(libc.syscall(number, 0, 0, 0, 0, 0), ctypes.get_errno())
+import socket
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6): socket.socket(family)
+socket.socketpair()
+try: socket.socket(40, socket.SOCK_STREAM)
+except PermissionError: print('refused')
+"""
+    _, *numbers, socket_number, pair = FILTERED[os.uname().machine]
+    verdict = either.run(program.replace("NUMBERS", repr([*numbers, *IO_URING])))
+    assert verdict.output.splitlines() == ["-1 1"] * (len(numbers) + 3) + ["refused"], (socket_number, pair)
 
 
 # ---- hostile programs ----
@@ -309,7 +431,8 @@ def test_hostile_programs_are_contained(monkeypatch, tmp_path):
     start, host = time.monotonic(), socket.gethostname()
     verdicts = dict(zip(programs, box.run_all(list(programs.values()), [CHECK] * len(programs)), strict=True))
     assert [name for name, verdict in verdicts.items() if verdict.passed] == []
-    told = [name for name, verdict in verdicts.items() for word in ("NOT CONTAINED", "do not tell", "precious\n", "mounted", "nested") if word in verdict.output.splitlines()]  # fmt: skip # noqa: E501
+    words = ("NOT CONTAINED", "do not tell", "precious", "mounted", "nested")
+    told = [n for n, verdict in verdicts.items() for line in verdict.output.splitlines() if line.startswith(words)]
     assert told == []
     assert processes_of(box) == []
     assert outside.visitors() == 0
@@ -341,13 +464,15 @@ for attempt in (lambda: os.chroot('/tmp'), lambda: os.setuid(0), lambda: os.mkno
     try: attempt()
     except OSError as error: print(error.strerror)
 import socket
-print(socket.socket().connect_ex(('127.0.0.1', 1)) != 111, socket.if_nameindex())
+print(socket.socket().connect_ex(('127.0.0.1', 1)) != 111)
+try: socket.if_nameindex()
+except OSError as error: print(error.strerror)
 """
     lines = namespace.run(program).output.splitlines()
-    assert lines[0] == "1 ['null', 'urandom', 'zero'] [] False False"
+    assert lines[0] == "1 ['null', 'shm', 'urandom', 'zero'] [] False False"
     assert lines[1:4] == ["Read-only file system"] * 3
     assert lines[4:7] == ["Operation not permitted"] * 3
-    assert lines[7] == "True [(1, 'lo')]"
+    assert lines[7:] == ["True", "Operation not permitted"]
 
 
 def test_files_do_not_last_from_one_program_to_the_next(namespace):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import SUFFIXES, DatasetTask, PromptStyle, Row, Source
+from dllm_gym.tasks.dataset import SUFFIXES, DatasetTask, PromptStyle, Row, Source, cell
 from dllm_gym.tasks.sandbox import Sandbox, sandbox_kind
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class CodeTask(DatasetTask):
     styles: ClassVar[Mapping[str, PromptStyle]] = {"fence": PromptStyle(prefill=FENCE, reply=f"{FENCE}{{answer}}\n```")}
     packages: ClassVar[bool] = False
     """Whether programs and tests may import installed packages."""
+    memory: ClassVar[int] = 512
+    """MiB per program, see :class:`~dllm_gym.tasks.sandbox.Sandbox`."""
 
     def __init__(
         self, *, sandbox: str | Sandbox = "auto", timeout: float = 5.0, workers: int | None = None, **settings: Any
@@ -56,7 +58,7 @@ class CodeTask(DatasetTask):
         self.sandbox = (
             sandbox
             if isinstance(sandbox, Sandbox)
-            else sandbox_kind(sandbox)(timeout=timeout, workers=workers, packages=self.packages)
+            else sandbox_kind(sandbox)(timeout=timeout, workers=workers, packages=self.packages, memory=self.memory)
         )
 
     @abstractmethod
@@ -196,6 +198,14 @@ class MBPP(CodeTask):
     fields = ("text", "test_list")
     numbers = {"shots": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 
+    def prepare(self, row: Row) -> Row:
+        tests, setup = row["test_list"], row.get("test_setup_code")
+        if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+            raise ValueError(f"test_list={tests!r}: need a list of texts (which CSV files cannot hold)")
+        if setup is not None and not isinstance(setup, str):
+            raise ValueError(f"test_setup_code={setup!r}: need a text")
+        return {**row, "text": cell(row, "text")}
+
     def question(self, example: Example) -> str:
         tests = "\n".join(example["test_list"])
         return f"{example['text']}\nIt has to pass these tests:\n{FENCE}{tests}\n```"
@@ -218,11 +228,16 @@ class MBPP(CodeTask):
         rows = super()._load(key)
         if not is_file(self.data):
             return rows
-        if not all("task_id" in row for row in rows):
-            raise ValueError(
-                f"data={self.data!r}: without task_id the rows of one file cannot be split; name files by split"
-            )
-        return [row for row in rows if int(row["task_id"]) in self.numbers[key]]
+        numbers = [re.fullmatch(r"(?:mbpp/)?([0-9]{1,9})", str(row.get("task_id")), re.IGNORECASE) for row in rows]
+        for row, number in zip(rows, numbers, strict=True):
+            if not number:
+                raise ValueError(
+                    f"data={self.data!r}: without task_id (a number, here {row.get('task_id')!r}) the rows of one file "
+                    "cannot be split; name files by split"
+                )
+        return [
+            row for row, number in zip(rows, numbers, strict=True) if number and int(number[1]) in self.numbers[key]
+        ]
 
 
 class KodCode(CodeTask):
@@ -232,7 +247,7 @@ class KodCode(CodeTask):
     ``function_declaration`` (and may have ``solution``). The tests and the program share a module called ``solution``,
     so the line ``from solution import ...`` of the tests finds the program. Rows whose tests cannot be called that way
     (fixtures, parameters, test classes, packages that are not installed) could never be solved: they are left out, and
-    the reasons counted in ``left_out``. Installed packages may be imported.
+    the reasons counted in ``left_out``. Installed packages may be imported, and memory is 2 GiB.
 
     >>> task = KodCode(sandbox="rlimit")
     >>> row = {"question": "Double a number.", "test_info": [{"function_declaration": "def double(x):"}]}
@@ -255,19 +270,25 @@ class KodCode(CodeTask):
     hub = {"train": Source("KodCode/KodCode-Light-RL-10K", split="train")}
     fields = ("question", "test", "test_info")
     packages = True
+    memory = 2048  # torch maps more than 512
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self.left_out: Counter[str] = Counter()
 
     def prepare(self, row: Row) -> Row | None:
-        declaration = str(row["test_info"][0]["function_declaration"]).strip() if row["test_info"] else ""
-        why = "no function declaration" if not declaration else why_not_callable(row["test"])
+        if not isinstance(row["test_info"], list | None) or not isinstance(row["test"], str):
+            raise ValueError("need a text as test and a list of objects as test_info (which CSV files cannot hold)")
+        declaration = str((row["test_info"] or [{}])[0].get("function_declaration") or "").strip()
+        try:
+            why = why_not_callable(row["test"]) if declaration else "no function declaration"
+        except (ValueError, RecursionError, MemoryError):  # import __main__, very deep expressions
+            why = "tests that cannot be read"
         if why:
             self.left_out[why] += 1
             return None
         return {
-            "question": str(row["question"]).strip(),
+            "question": cell(row, "question"),
             "declaration": declaration if declaration.endswith(":") else f"{declaration}:",
             "test": row["test"],
             "solution": row.get("solution") or "",

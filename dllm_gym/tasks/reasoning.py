@@ -22,7 +22,10 @@ class ReasoningGym(ProceduralTask):
 
     A puzzle is an item of the generator, drawn by number; as with all procedural tasks a checksum of its text says
     which split it belongs to. The answer is the reply's last ``<answer>``, or without one the whole reply. Scorers run
-    in worker processes: some evaluate the answer as an expression, and none has a time limit.
+    in worker processes, a new one per answer, since some evaluate the answer and none has a time limit. Those that may
+    evaluate it score 0 for text that could be a program (strings with brackets in them, attributes, calls of anything
+    but common functions). A worker makes the puzzle again from its number, so a generator that depends on the order
+    of hashes (``polynomial_multiplication``) needs ``PYTHONHASHSEED=0`` in the environment.
 
     Example fields: ``question``, ``answer`` (one right answer; empty where the generator gives none), ``item``.
 

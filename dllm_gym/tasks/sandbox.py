@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import marshal
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+log = logging.getLogger(__name__)
+
 LAUNCHER = Path(__file__).with_name("launcher.py")
+LIARS = Path(__file__).with_name("liars.py")
+MOST_LITERALS, LONGEST_LITERAL = 100, 300  # of a check, that liars are asked about
+ERASE_SECONDS = 10.0  # for what one program has left behind
 GRACE_SECONDS = 30.0  # beyond its own limits, before the supervisor itself is given up
 TRIES = 3  # a supervisor that cannot start (no memory, no process left) is tried again
 
@@ -54,18 +61,23 @@ class Sandbox(ABC):
     the launcher does after the last line of the check. So ending early (``os._exit(0)``, ``sys.exit()``, ``exec``,
     signals), printing any mark, writing to all descriptors, swallowed exceptions, ``atexit``, replaced builtins and
     trace functions do not help. Program and check share one interpreter, though, as in every benchmark of this kind,
-    so a program *can* look for the secret in the frames of its callers. Therefore whatever passes runs a second time
-    with a check that nothing can pass (each ``assert a == b`` compares with an object that equals nothing else, or the
-    last line raises), and passing that too is a forgery. This catches stolen secrets, skipped asserts and values that
-    claim to equal everything. Not excluded is a program that is written against this file: one that reads the check
-    and behaves well in the second run, or computes the expected values from it.
+    so a program *can* look for the secret in the frames of its callers. Therefore whatever passes runs twice more,
+    with the same check, but an exception at its end, unless the check has met a value that claims to equal everything
+    (see :func:`impossible`): passing that is a forgery. This catches stolen secrets, values that equal everything,
+    also inside containers, and trace functions that jump over an assert.
+
+    Not excluded: a program that is written against these files (one that knows the second check from the first, or
+    steals at random: it gets through in at most 4 of 27 runs, and the check can be read before it has ended); values
+    that lie about a few numbers only, about order only, or change when they are converted (``__float__``); and one
+    that replaces the tests that come after the first. Where the check itself mentions ``ANY``, liars are not looked
+    for. None of this costs an honest program its score: what the second check does to it cannot be a forgery.
 
     Args:
-        timeout: seconds of wall time per program (a passing one runs twice), and of CPU time per process.
+        timeout: seconds of wall time per program (a passing one runs three times), and of CPU time per process.
         memory: MiB of address space per process, and of resident memory of all its processes together.
         processes: how many processes and threads.
         file_size: MiB per file.
-        disk: MiB of all files together.
+        disk: MiB of all files together (in namespaces, ``file_size`` more in ``/dev/shm``).
         output: bytes of output that are kept; the rest is thrown away.
         packages: show the installed third-party packages to the program (standard library only, if not).
         workers: programs at once in :meth:`run_all`; the number of CPUs by default.
@@ -166,15 +178,16 @@ class Sandbox(ABC):
 
     def _supervise(self, program: str, check: str, **changes: Any) -> Verdict:
         """Start a supervisor for one program, tell it everything, and read what it says."""
-        from dllm_gym.tasks.launcher import SECRET, SETUP_SECONDS, frame
+        from dllm_gym.tasks.launcher import DECOYS, SECRET, SETUP_SECONDS, frame
 
         mark = f"{self.mark}-{secrets.token_hex(8)}"
         settings = {**self._settings, **changes}
-        patience = 2 * (settings["timeout"] + SETUP_SECONDS) + GRACE_SECONDS
+        patience = (1 + DECOYS) * (settings["timeout"] + SETUP_SECONDS) + GRACE_SECONDS
+        checks, password = [check] + [impossible(check)] * DECOYS, secrets.token_bytes(SECRET)
         with self._cage() as own:
             frames = [marshal.dumps({**settings, **own}), source(program)]
-            frames += [secrets.token_bytes(SECRET) + source(text) for text in (check, impossible(check))]
-            process = subprocess.Popen(
+            frames += [*(secrets.token_bytes(SECRET) + source(text) for text in checks), password]
+            process = start(
                 [sys.executable, "-P", "-s", "-S", "-X", "utf8", LAUNCHER, mark],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -191,10 +204,11 @@ class Sandbox(ABC):
                 if process.poll() != 0:
                     kill_marked(mark)
                     process.wait()
-        line, complete, output = said.partition(b"\n")
+        before, complete, told = said.partition(password)
+        line, _, output = told.partition(b"\n")
         reason = line.decode(errors="replace")
-        if not complete and process.returncode < 0 and not self.sealed:
-            reason = "it attacked its supervisor"
+        if before or (not complete and process.returncode < 0 and not self.sealed):
+            reason, output = "it attacked its supervisor", before
         elif not complete:
             reason, output = f"sandbox: the supervisor ended with status {process.returncode}", errors
         return Verdict(reason == "passed", reason, output.decode(errors="replace"))
@@ -205,12 +219,15 @@ class NamespaceSandbox(Sandbox):
 
     User, mount, process, network, IPC and host-name namespaces of its own, by ``unshare(2)``; no right of root, and
     none to be had (no nested user namespace, ``no_new_privs``). The file system holds the standard library and shared
-    libraries (read-only), three devices, and an empty ``/tmp`` in memory: no home, no project, no ``/proc``, no
-    program to execute. There is no network interface, not even localhost. When the program ends or its time is up, the
-    kernel kills everything in the process namespace, daemons too, and the files go with it.
+    libraries (read-only; some systems keep executable files there, too, such as the loader and helpers of git), three
+    devices, and an empty ``/tmp`` and ``/dev/shm`` in memory: no home, no project, no ``/proc``, no shell. There is no
+    network interface, not even localhost. When the program ends or its time is up, the kernel kills everything in the
+    process namespace, daemons too, and the files go with it. The keys of the user's session stay outside.
 
-    Not limited: system calls (the kernel is shared, as with any container), and memory that is neither mapped nor on
-    the disk (``memfd_create``: up to ``file_size`` times 64 open files, per process).
+    A filter refuses the system calls that reach beyond namespaces or are seldom needed and often broken: sockets but
+    Unix and internet ones, keys, io_uring, bpf, userfaultfd, perf, tracing (on x86-64 and 64-bit ARM; other processors
+    have no filter). The others are as for any container: the kernel is shared. Not limited: memory that is neither
+    mapped nor on the disk (``memfd_create``: up to ``file_size`` times 64 open files, per process).
 
     Needs a kernel of 5.12 or newer that allows user namespaces to this user (many container runtimes do not).
     """
@@ -234,9 +251,11 @@ class RlimitSandbox(Sandbox):
     afterwards, unless the scorer itself is killed); daemons are found and killed (the supervisor adopts them).
 
     **Not** held: the program is this user. It may read, change and delete the user's files outside its directory, use
-    the network, read ``/proc`` (the supervisor's descriptors too, as root), kill the user's processes, the scorer among
-    them, and fill more than ``disk``. The number of processes is watched every 0.1 s, not enforced. Use it where the
-    whole machine is a sandbox, such as a container for nothing else.
+    the network, read ``/proc`` (as root the supervisor's memory and descriptors too, and so forge its verdict), kill
+    the user's processes, the scorer among them, and fill more than ``disk``. The number of processes is watched every
+    0.1 s, not enforced. A program that starts another in a session of its own and then kills its supervisor leaves it
+    behind; System V shared memory, semaphores and queues stay as well, and files that only root may remove (a warning
+    says where). Use it where the whole machine is a sandbox, such as a container for nothing else.
     """
 
     name = "rlimit"
@@ -245,8 +264,12 @@ class RlimitSandbox(Sandbox):
 
     @contextmanager
     def _folder(self) -> Iterator[dict[str, Any]]:
-        with tempfile.TemporaryDirectory(prefix="dllm_gym-", ignore_cleanup_errors=True) as folder:
+        folder = tempfile.mkdtemp(prefix="dllm_gym-")
+        try:
             yield {"namespaces": False, "folder": folder}
+        finally:
+            if not erase(folder):
+                log.warning("sandbox='rlimit': a program has left files in %s that cannot be removed", folder)
 
     def _cage(self) -> AbstractContextManager[dict[str, Any]]:
         return self._folder()
@@ -282,39 +305,64 @@ def sandbox_kind(name: str) -> type[Sandbox]:
 
 
 def impossible(check: str) -> str:
-    """``check`` changed so that no honest program passes, as close to the original as possible.
+    """``check`` changed so that no honest program passes: it ends with an exception, unless it has met a liar.
 
-    Each ``assert a == b`` asks for equality with an object that only equals itself; a check without any ends with an
-    exception instead.
+    Every operand of a comparison, and every value that an ``assert`` takes for true or false, is looked at on its way
+    (:class:`~dllm_gym.tasks.liars.Watch`). Nothing else changes: an honest program meets the same calls with the same
+    outcomes, up to the last line. A check that mentions ``ANY`` (of ``unittest.mock``) brings a liar along; there, and
+    where a text cannot be rewritten, the exception at the end is all.
 
-    >>> print(impossible("assert f(1) == 2"))
-    assert f(1) == object() or object() == 2
+    >>> print(impossible("assert f(1) == 2, 'no'").splitlines()[-2])  # doctest: +ELLIPSIS
+    assert watch_...(f(1)) == 2, 'no'
     """
+    name = f"watch_{secrets.token_hex(8)}"
+    watched = Watched(name)
     try:
         tree = ast.parse(check)
+        if any("ANY" in (getattr(node, "id", ""), getattr(node, "attr", "")) for node in ast.walk(tree)):
+            raise ValueError("not every liar is the program's")
+        future = [isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body]
+        begin = len(future) - future[::-1].index(True) if any(future) else 0  # these have to stay in front
+        body = [ast.unparse(watched.visit(node)) for node in tree.body]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return check  # nobody passes this one
-    stranger = Stranger()
-    changed = ast.unparse(stranger.visit(tree))
-    return changed if stranger.met else f"{check}\nraise AssertionError"
+        return f"{check}\nraise AssertionError"
+    tools = f"{name} = {{'__name__': {name!r}}}\nexec({LIARS.read_text()!r}, {name})"
+    first = f"{tools}\n{name} = {name}['Watch']([{', '.join(watched.literals[:MOST_LITERALS])}])"
+    return "\n".join([*body[:begin], first, *body[begin:], f"{name}.verdict()"])
 
 
-class Stranger(ast.NodeTransformer):
-    """Turns ``assert a == b`` into ``assert a == object() or object() == b``."""
+class Watched(ast.NodeTransformer):
+    """Puts a call of the function ``name`` around what decides about an ``assert``; collects the literals around it."""
 
-    def __init__(self) -> None:
-        self.met = False
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.literals: list[str] = []
+
+    def visit_Compare(self, node: ast.Compare) -> ast.Compare:
+        left, *others = (self.watch(side) for side in (node.left, *node.comparators))
+        return ast.Compare(left, node.ops, others)
 
     def visit_Assert(self, node: ast.Assert) -> ast.Assert:
-        match node.test:
-            case ast.Compare(left, [ast.Eq()], [right]):
-                self.met = True
-                fresh = ast.parse("object()", mode="eval").body
-                either: list[ast.expr] = [
-                    ast.Compare(left, [ast.Eq()], [fresh]),
-                    ast.Compare(fresh, [ast.Eq()], [right]),
-                ]
-                return ast.Assert(ast.BoolOp(ast.Or(), either), node.msg)
+        return ast.Assert(self.truth(node.test), node.msg)
+
+    def truth(self, node: ast.expr) -> ast.expr:
+        match node:
+            case ast.BoolOp(op, values):
+                return ast.BoolOp(op, [self.truth(value) for value in values])
+            case ast.UnaryOp(ast.Not() as negation, operand):
+                return ast.UnaryOp(negation, self.truth(operand))
+            case ast.Compare():
+                return self.visit_Compare(node)
+        return self.watch(node)
+
+    def watch(self, node: ast.expr) -> ast.expr:
+        try:
+            ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError):
+            return ast.Call(ast.Name(self.name), [self.visit(node)], [])
+        text = ast.unparse(node)
+        if len(text) < LONGEST_LITERAL and text not in self.literals:
+            self.literals.append(text)
         return node
 
 
@@ -346,6 +394,57 @@ def libraries(packages: Sequence[str]) -> list[str]:
         if os.path.isdir(folder) and not any(Path(folder).is_relative_to(outer) for outer in found):
             found.append(folder)
     return found
+
+
+def start(command: Sequence[str | Path], **settings: Any) -> subprocess.Popen[bytes]:
+    """A process; tried again for a while where the system has none left.
+
+    Raises:
+        RuntimeError: no process starts.
+    """
+    for seconds in (0.1, 0.5, 2.0, None):
+        try:
+            return subprocess.Popen(command, **settings)
+        except (BlockingIOError, MemoryError) as error:
+            if seconds is None:
+                raise RuntimeError(f"the system starts no process: {error}") from error
+            time.sleep(seconds)
+    raise AssertionError
+
+
+def erase(folder: str) -> bool:
+    """Remove a folder, however deep or locked what a program has made in it; whether all of it is gone.
+
+    What lies deeper is first moved up: no path gets long, and few files are open at a time.
+    """
+    end = time.monotonic() + ERASE_SECONDS
+    while time.monotonic() < end:
+        try:
+            folders = [entry.path for entry in os.scandir(folder) if not removed(entry)]
+            if not folders:
+                os.rmdir(folder)
+                return True
+            for inner in folders:
+                os.chmod(inner, 0o700)
+                for entry in os.scandir(inner):
+                    if not removed(entry):
+                        os.chmod(entry.path, 0o700)
+                        os.rename(entry.path, os.path.join(folder, secrets.token_hex(8)))
+                os.rmdir(inner)
+        except FileNotFoundError:
+            if not os.path.lexists(folder):
+                return True  # the program has moved it
+        except OSError:
+            return False
+    return False
+
+
+def removed(entry: os.DirEntry[str]) -> bool:
+    """Remove a file or link; False for a folder."""
+    if entry.is_dir(follow_symlinks=False):
+        return False
+    os.unlink(entry.path)
+    return True
 
 
 def kill_marked(mark: str) -> None:

@@ -1,27 +1,41 @@
 """Graders that may take for ever or read an answer as code, in processes of their own.
 
 Such a grader cannot be stopped from within: math-verify's time limit works in the main thread only, reasoning-gym's
-scorers have none. A worker asks the system to kill it when an answer takes too long, whatever it is doing; the next
-answer gets a new worker. Workers stay for later answers and end with the process that started them.
+scorers have none. A worker asks the system to kill it when an answer takes too long, and whoever asked kills it a
+little later if that did not help; the next answer gets a new worker. Workers stay for later answers and end with the
+process that started them.
+
+Scorers that may evaluate an answer see only text that :func:`harmless` lets through, and each answer is scored by a
+process of its own, forked from the worker, which can say one number and is gone: nothing lasts from one answer to the
+next. These are two nets, not the walls of a sandbox: a parser with a hole in a scorer of reasoning-gym would run as
+this user.
 
 This file is also the program that a worker runs, so it imports no more than the standard library.
 """
 
 from __future__ import annotations
 
+import ast
 import atexit
+import contextlib
 import functools
 import json
 import os
 import queue
+import re
+import resource
+import select
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 START_SECONDS = 30.0  # processor time for a worker to import its library
+GRACE_SECONDS = 2.0  # beyond its wall time, before a worker is killed
 PATIENCE = 5  # wall time allowed, in multiples of the processor time: other programs run, too
 MEMORY = 2 << 30  # bytes of address space of a worker
 WORKERS = min(4, os.cpu_count() or 1)
@@ -31,38 +45,50 @@ class Worker:
     """A process that does one job on whatever arguments it is asked about, one question at a time."""
 
     def __init__(self, job: str, seconds: float):
-        self.process = subprocess.Popen(
+        self.seconds, self.asked, self.heard = seconds, 0, b""
+        self.process = start(
             [sys.executable, "-P", __file__, job, str(seconds)],  # -P: the files beside this one are no modules for it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for the process that asks; the worker ends when its input does
         )
-        hello = self._receive()
+        hello = self._receive(PATIENCE * START_SECONDS)
         if hello != ["ready"]:
             self.close()
             raise RuntimeError(f"the grader {job!r} does not start: {hello[0] if hello else 'its process ended'}")
 
-    def _receive(self) -> list[Any] | None:
-        """The next message; None when the worker is gone."""
+    def _receive(self, seconds: float) -> list[Any] | None:
+        """The next message; None when the worker is gone or says nothing for so long."""
         assert self.process.stdout
-        line = self.process.stdout.readline()
-        return json.loads(line) if line.endswith("\n") else None
+        end = time.monotonic() + seconds
+        while not self.heard.endswith(b"\n"):
+            ready = select.poll()
+            ready.register(self.process.stdout, select.POLLIN)
+            if not ready.poll(max(0.0, 1000 * (end - time.monotonic()))):
+                return None
+            more = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not more:
+                return None
+            self.heard += more
+        line, self.heard = self.heard, b""
+        return json.loads(line)
 
     def ask(self, arguments: Sequence[Any]) -> list[Any] | None:
         """``[result]``; None if the worker died of the question."""
         assert self.process.stdin
+        self.asked += 1
         try:
-            self.process.stdin.write(json.dumps(list(arguments)) + "\n")
+            self.process.stdin.write(json.dumps([self.asked, *arguments]).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
             return None
-        return self._receive()
+        answer = self._receive(PATIENCE * self.seconds + GRACE_SECONDS)
+        return answer[1:] if answer and answer[0] == self.asked else None  # else it is no answer to this question
 
     def close(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # those that it has forked, too
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             try:
@@ -97,7 +123,7 @@ class Pool:
         """What the job returns; None where it fails or takes too long. Any thread may ask.
 
         Raises:
-            RuntimeError: no worker starts (its library is not installed).
+            RuntimeError: no worker starts (its library is not installed, or the system has no process left).
         """
         if self.owner != os.getpid():  # a forked process: the pipes belong to its parent
             self._reset()
@@ -136,6 +162,22 @@ class Pool:
                 return
 
 
+def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[bytes]:
+    """A process; tried again for a while where the system has none left.
+
+    Raises:
+        RuntimeError: no process starts.
+    """
+    for seconds in (0.1, 0.5, 2.0, None):
+        try:
+            return subprocess.Popen(command, **settings)
+        except (BlockingIOError, MemoryError) as error:
+            if seconds is None:
+                raise RuntimeError(f"the system starts no process: {error}") from error
+            time.sleep(seconds)
+    raise AssertionError
+
+
 # ---- the worker's side ----
 
 
@@ -157,9 +199,64 @@ def puzzles(dataset: str, options: str) -> Any:
 
 
 def score_puzzle(dataset: str, options: str, item: int, answer: str) -> float:
-    """What the dataset's own scorer says; it may take any time, and some scorers evaluate the answer."""
+    """What the dataset's own scorer says, in a process of its own; 0 for text that should not be evaluated."""
     source = puzzles(dataset, options)
-    return float(source.score_answer(answer, entry=source[item]))
+    if evaluates(type(source).__module__) and not harmless(answer):
+        return 0.0
+    return apart(lambda: float(source.score_answer(answer, entry=source[item])))
+
+
+@functools.cache
+def evaluates(module: str) -> bool:
+    """Whether the file of a dataset reads any text as Python."""
+    import inspect
+
+    return re.search(r"\b(eval|parse_expr|sympify)\(", inspect.getsource(sys.modules[module])) is not None
+
+
+# what an expression may call, in the scorers of puzzles about formulas
+CALLS = {"sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "Abs", "abs"}
+UNSAFE = re.compile(r"__|[\"'`\\@:=]|\.\s*[^\W\d]|[)\]}]\s*[(\[]")  # strings, attributes, calls of what was computed
+
+
+def harmless(answer: str) -> bool:
+    """Whether a text can be evaluated as Python: a literal, JSON, or names, numbers and a few functions of mathematics.
+
+    >>> harmless("[[1, 2], [3, 4]]"), harmless("x**2 + sin(x)"), harmless("open('x')"), harmless("().__class__")
+    (True, True, False, False)
+    """
+    for read in (ast.literal_eval, json.loads) if not re.search(r"__|[(]", answer) else ():  # strings may be read, too
+        try:
+            read(answer)
+            return True
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return not UNSAFE.search(answer) and all(name in CALLS for name in re.findall(r"([^\W\d]\w*)\s*\(", answer))
+
+
+def apart(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns in a forked process; None if it fails or takes as long as this process has left."""
+    seconds = signal.getitimer(signal.ITIMER_PROF)[0] or START_SECONDS
+    ear, mouth = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.closerange(0, mouth)  # the pipes to whoever asks among them
+            os.closerange(mouth + 1, mouth + 64)
+            alarm(seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (1 + int(seconds),) * 2)  # (an alarm can be put off)
+            sys.addaudithook(refuse)
+            os.write(mouth, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(mouth)
+    ready = select.poll()
+    ready.register(ear, select.POLLIN)
+    said = os.read(ear, 100) if ready.poll(1000 * PATIENCE * seconds) else b""
+    os.close(ear)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return json.loads(said) if said else None
 
 
 # name -> (what does the job, a question that loads all that later ones need)
@@ -184,22 +281,22 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(event)
 
 
+def alarm(seconds: float) -> None:
+    """Have the system kill this process after that much processor time, or PATIENCE times as much of the clock."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+
+
 def serve(job: str, seconds: float) -> None:
-    """Read a JSON list of arguments per line, write ``[result]`` per line (``[null]`` on failure), until input ends."""
+    """Read ``[number, *arguments]`` per line, write ``[number, result]`` (null on failure), until input ends."""
     import logging
-    import resource
-    import signal
 
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a library prints is no result
 
-    def alarm(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
-
-    def say(message: Any) -> None:
+    def say(*message: Any) -> None:
         alarm(0)
-        out.write(json.dumps([message]) + "\n")
+        out.write(json.dumps(message) + "\n")
         out.flush()
 
     for number in (signal.SIGPROF, signal.SIGALRM):
@@ -214,16 +311,17 @@ def serve(job: str, seconds: float) -> None:
         work(*warm_up)
     except Exception as error:
         return say(f"{type(error).__name__}: {error}")
-    sys.addaudithook(refuse)
+    if work is not score_puzzle:  # that one refuses in the processes that it forks
+        sys.addaudithook(refuse)
     say("ready")
     for line in sys.stdin:
-        arguments = json.loads(line)
+        number, *arguments = json.loads(line)
         alarm(seconds)
         try:
             result = work(*arguments)
         except Exception:  # of the many ways in which a text can fail to be an answer, none makes it right
             result = None
-        say(result)
+        say(number, result)
     return None
 
 

@@ -296,6 +296,63 @@ class Yes(int):
 def solve(x):
     return Yes(3)
 """,
+    "number that equals whatever is a value": """
+class Yes(int):
+    def __eq__(self, other): return isinstance(other, (int, float, str, list, tuple, dict, set, type(None)))
+    __hash__ = int.__hash__
+def solve(x):
+    return Yes(3)
+""",
+    "number that equals numbers": """
+class Yes(int):
+    def __eq__(self, other): return isinstance(other, int)
+    __hash__ = int.__hash__
+def solve(x):
+    return Yes(3)
+""",
+    "value that equals all but objects": """
+class Yes:
+    def __eq__(self, other): return type(other) is not object
+def solve(x):
+    return Yes()
+""",
+    "value that equals what the check expects": """
+class Yes:
+    def __eq__(self, other): return other in (8, 0, 1, 9)
+import sys
+sys.modules['operator'] = sys.modules['sys'] = None
+def solve(x):
+    return Yes()
+""",
+    "secret found in the frames, unless it looks like a trap": """
+import os, sys
+def solve(x):
+    frame = sys._getframe()
+    while frame:
+        secret = frame.f_locals.get('secret')
+        if secret and b'object()' not in secret and not os.getcwd().endswith('second'):
+            frame.f_locals['say'](frame.f_locals['up'], secret[:16])
+            os._exit(0)
+        frame = frame.f_back
+""",
+    "trace function that jumps when called": """
+import sys
+def solve(x):
+    def trace(frame, event, argument):
+        if event == 'opcode' and frame.f_lineno == frame.f_code.co_firstlineno + 1:
+            frame.f_lineno = frame.f_code.co_firstlineno + 2
+        return trace
+    frame = sys._getframe(1)
+    frame.f_trace, frame.f_trace_opcodes = trace, True
+    sys.settrace(trace)
+""",
+    "verdict written for the supervisor": """
+import os
+def solve(x):
+    try: os.write(os.open(f'/proc/{os.getppid()}/fd/1', os.O_WRONLY), b'passed\\n')
+    except OSError: pass
+    os._exit(0)
+""",
     "child that says it passed": """
 import os
 if os.fork() == 0:
@@ -466,6 +523,22 @@ libc = ctypes.CDLL(None)
 libc.shmget(0x1234, 1 << 20, 0o1666)
 from multiprocessing import shared_memory
 shared_memory.SharedMemory('TOKEN', create=True, size=1 << 20)
+""",
+    "keys": """
+import ctypes
+libc = ctypes.CDLL(None)
+for number, *arguments in ((248, b'user', b'TOKEN', b'x', 1, -3), (248, b'user', b'TOKEN', b'x', 1, -4),
+                           (250, 10, -3, b'user', b'TOKEN', 0), (249, b'user', b'TOKEN', None, -3)):
+    arguments = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    if libc.syscall(number, *arguments) > 0: print('NOT CONTAINED')
+""",
+    "sockets of other families": """
+import socket
+for family in range(64):
+    if family not in (1, 2, 10):
+        for kind in (1, 2, 3, 5):
+            try: socket.socket(family, kind); print('NOT CONTAINED', family)
+            except OSError: pass
 """,
     "host name": "import socket\nsocket.sethostname('TOKEN')",
     "the clock and the machine": """
