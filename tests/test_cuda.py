@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -115,9 +117,8 @@ def test_the_torchrl_env_stays_on_its_device(device):
 def test_one_round_of_training(device):
     envs, policy = make_vec(device, num_envs=16), small_policy(device)
     behaviour = PolicyDecider(policy, ZeroTruncatedBernoulli)
-    algorithm = GRPO(
-        make_actor(policy, ZeroTruncatedBernoulli), lambda p: torch.optim.AdamW(p, lr=1e-2, epochs=2), chunk=64
-    )
+    adamw = partial(torch.optim.AdamW, lr=1e-2)
+    algorithm = GRPO(make_actor(policy, ZeroTruncatedBernoulli), adamw, epochs=2, chunk=64)
     before = [p.detach().clone() for p in policy.parameters()]
     group = torch.arange(6, device=device).repeat_interleave(8)
     batch, results = rollout(envs, behaviour, np.arange(6).repeat(8), seed=0)
