@@ -335,6 +335,10 @@ def empty_file_system(settings: dict[str, Any]) -> None:
     base = "/proc"  # a folder that always exists; nothing that is shown lies below it
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    # First of all, since the library may itself lie below /tmp. (Locks are in /dev/shm.)
+    for folder, room in (("/tmp", settings["disk"]), ("/dev/shm", settings["file_size"])):
+        os.makedirs(base + folder)
+        mount("tmpfs", base + folder, "tmpfs", MS_NOSUID | MS_NODEV, f"size={room}m,nr_inodes=1024,mode=1777")
     read_only = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     for shown in settings["shown"]:
         os.makedirs(base + shown, exist_ok=True)
@@ -343,13 +347,9 @@ def empty_file_system(settings: dict[str, Any]) -> None:
     for hidden in settings["hidden"]:
         if os.path.isdir(base + hidden):
             mount("tmpfs", base + hidden, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k")
-    os.mkdir(base + "/dev")
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         os.close(os.open(base + device, os.O_CREAT))
         mount(device, base + device, None, MS_BIND)
-    for folder, room in (("/tmp", settings["disk"]), ("/dev/shm", settings["file_size"])):  # (locks are in /dev/shm)
-        os.mkdir(base + folder)
-        mount("tmpfs", base + folder, "tmpfs", MS_NOSUID | MS_NODEV, f"size={room}m,nr_inodes=1024,mode=1777")
     mount(None, base, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(base)
     mount(base, "/", None, MS_MOVE)

@@ -387,7 +387,9 @@ def others(packages: Sequence[str]) -> list[str]:
 
 def libraries(packages: Sequence[str]) -> list[str]:
     """Folders that an interpreter needs, outermost first, none inside another."""
-    python = [os.path.join(sys.base_prefix, "lib"), *map(sysconfig.get_path, ("stdlib", "platstdlib"))]
+    base = {"platbase": sys.base_exec_prefix}  # a virtual environment has nothing of the standard library
+    python = [os.path.join(sys.base_prefix, "lib"), sysconfig.get_path("stdlib")]
+    python.append(sysconfig.get_path("platstdlib", vars=base))
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"]
     found: list[str] = []
     for folder in sorted({os.path.abspath(folder) for folder in (*python, *system, *packages)}):
