@@ -33,8 +33,8 @@ class Reference:
         """Module of packed steps -> ``loss_reference``."""
         raise NotImplementedError
 
-    def renew(self, steps: TensorDictBase, log_prob: Tensor) -> None:
-        """Prepare a gradient step; ``log_prob`` float [N] is that of the actions under the current policy."""
+    def renew(self, steps: TensorDictBase, log_prob: Callable[[], Tensor]) -> None:
+        """Prepare a gradient step; ``log_prob()`` float [N] is that of the actions under the current policy."""
 
 
 class MaxConfidence(Reference):
@@ -75,8 +75,8 @@ class Divergence(Reference):
     def loss(self, actor: ProbabilisticActor) -> nn.Module:
         return Likelihood(actor, "reference", coefficient="divergence")
 
-    def renew(self, steps: TensorDictBase, log_prob: Tensor) -> None:
-        columns = torch.stack([log_prob, steps["action_log_prob"], self.log_prob(steps)], -1)  # (N, 3)
+    def renew(self, steps: TensorDictBase, log_prob: Callable[[], Tensor]) -> None:
+        columns = torch.stack([log_prob(), steps["action_log_prob"], self.log_prob(steps)], -1)  # (N, 3)
         episodes = int(steps["episode"].max()) + 1
         sums = columns.new_zeros(episodes, 3).index_add_(0, steps["episode"], columns)  # (E, 3)
         now, old, reference = sums.unbind(-1)
@@ -157,6 +157,7 @@ class UPO(Algorithm):
             raise ValueError("UPO chooses one position per step: use distribution=one_position")
         scale("beta", beta)
         reference.check(actor[0].module)
+        self.beta = beta
         self.reference, self.normalize = reference, flag("normalize", normalize)
         clipped = GRPOLoss(actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False)
         loss = Sum(clipped, Scaled(reference.loss(actor), beta)) if beta else clipped
@@ -169,12 +170,14 @@ class UPO(Algorithm):
         batch["advantage"] = per_step(advantage, batch)
         batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
         steps = pack(batch, summed=True)
-        metrics = self.descent.run(steps, self._renew)
+        metrics = self.descent.run(steps, self._renew) if self.beta else self.descent.run(steps)
         return {**metrics, "informative": share(informative)}
 
     def _renew(self, steps: TensorDictBase) -> None:
-        now = in_chunks(lambda part: log_likelihood(self.actor, part), steps, self.descent.chunk)
-        self.reference.renew(steps, now)
+        def log_prob() -> Tensor:
+            return in_chunks(lambda part: log_likelihood(self.actor, part), steps, self.descent.chunk)
+
+        self.reference.renew(steps, log_prob)
 
 
 class Scaled(nn.Module):

@@ -8,7 +8,6 @@ from functools import partial
 import gymnasium as gym
 import pytest
 import torch
-from tensordict import TensorDict
 from test_grpo import GROUP, LENGTHS, REWARD, SGD, E, L, T, gradient, make_batch, make_policy
 from toys import PairTask, pair_dllm
 
@@ -236,9 +235,7 @@ def test_upo_with_max_confidence_equals_the_written_loss(chunk):
 @pytest.mark.parametrize("name", ["softmax", "top_k"])
 def test_upo_with_a_divergence_equals_the_written_loss(name):
     batch, policy = one_position_batch(), make_policy()
-    policy.candidates = 2 if name == "top_k" else None  # only what the algorithm checks; the network stays as it is
     twin, total = copy.deepcopy(policy), 0.0
-    policy.candidates = twin.candidates = None
     for e in range(E):
         now, old = log_probs(twin, batch, e, OnePosition), batch["action_log_prob"][e, : LENGTHS[e]]
         reference = 0.0
@@ -254,7 +251,7 @@ def test_upo_with_a_divergence_equals_the_written_loss(name):
     total = plain_clipped_sum(twin, batch) + 0.2 * total
     chosen = Softmax(0.3) if name == "softmax" else TopK(2)
     if name == "top_k":
-        chosen.check = lambda policy: None
+        chosen.check = lambda policy: None  # the written loss is that of the same unrestricted policy
     learnt, _ = learnt_gradient(upo(policy, chosen, 0.2), policy, batch)
     torch.testing.assert_close(learnt, expected_gradient(total, twin), atol=2e-5, rtol=1e-4)
 
@@ -542,4 +539,3 @@ def test_an_entropy_that_cannot_be_computed_gives_no_bonus(cls):
 
 def test_packed_weights_are_those_of_the_mean_over_episodes():
     assert pack(make_batch())["weight"].sum().item() == pytest.approx(1.0)
-    assert isinstance(make_batch(), TensorDict)

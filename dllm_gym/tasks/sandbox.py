@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dllm_gym.tasks.workers import start
+
 log = logging.getLogger(__name__)
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -396,22 +398,6 @@ def libraries(packages: Sequence[str]) -> list[str]:
         if os.path.isdir(folder) and not any(Path(folder).is_relative_to(outer) for outer in found):
             found.append(folder)
     return found
-
-
-def start(command: Sequence[str | Path], **settings: Any) -> subprocess.Popen[bytes]:
-    """A process; tried again for a while where the system has none left.
-
-    Raises:
-        RuntimeError: no process starts.
-    """
-    for seconds in (0.1, 0.5, 2.0, None):
-        try:
-            return subprocess.Popen(command, **settings)
-        except (BlockingIOError, MemoryError) as error:
-            if seconds is None:
-                raise RuntimeError(f"the system starts no process: {error}") from error
-            time.sleep(seconds)
-    raise AssertionError
 
 
 def erase(folder: str) -> bool:

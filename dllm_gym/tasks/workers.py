@@ -162,7 +162,7 @@ class Pool:
                 return
 
 
-def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str | os.PathLike[str]], **settings: Any) -> subprocess.Popen[bytes]:
     """A process; tried again for a while where the system has none left.
 
     Raises:
