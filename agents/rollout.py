@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dllm_gym.dealer import EMPTY, check_example
 from dllm_gym.noise import fold, uniform
+from dllm_gym.predictions import upload
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 Decider = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -156,53 +157,49 @@ def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: 
     """Run one episode per entry of ``examples``, refilling lanes as they finish."""
     if env.autoreset_mode is not AutoresetMode.SAME_STEP:
         raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
-    E, B, device = len(examples), env.num_envs, env.device
-    results = Results(
-        reward=torch.zeros(E, device=device),
-        score=torch.zeros(E, device=device),
-        nfe=torch.zeros(E, dtype=torch.int64, device=device),
-        example=torch.as_tensor(np.asarray(examples, np.int64), device=device),
-        completions=[""] * E,
-    )
-    chosen = [check_example(e, len(env.core.examples)) for e in examples]
-    first = chosen[:B] + [EMPTY] * (B - E)
-    forwards = env.core.row_forwards
+    E, B, device, core = len(examples), env.num_envs, env.device, env.core
+    chosen = [check_example(e, len(core.examples)) for e in examples]
+    host = {"reward": np.zeros(E, np.float32), "score": np.zeros(E, np.float32), "nfe": np.zeros(E, np.int64)}
+    completions = [""] * E
+    forwards = core.row_forwards
     # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
     start = int(np.random.default_rng(seed).integers(1 << 62))
+    first = chosen[:B] + [EMPTY] * (B - E)
     observation, _ = env.reset(seed=start, options={"examples": first, "queue": chosen[B:]})
     streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
     episode = np.where(np.arange(B) < E, np.arange(B), EMPTY)  # which episode each lane works on
     time = torch.zeros(B, dtype=torch.int64, device=device)
-    lane_steps, steps, empty = 0, 0, torch.zeros((), device=device)
+    lane_steps, steps, empty = 0, 0, torch.zeros((), dtype=torch.int64, device=device)
     waiting = iter(range(B, E))
+    moved = True  # lanes have begun other episodes
     while (episode != EMPTY).any():
-        lanes = torch.as_tensor(np.flatnonzero(episode != EMPTY), device=device)
-        which = torch.as_tensor(episode, device=device)
-        noise = uniform(streams[which], time, env.core.L)
+        if moved:
+            which = upload(episode, device)
+            lanes = upload(np.flatnonzero(episode != EMPTY), device)
+        noise = uniform(streams[which], time, core.L)
         action = decide(Step(lanes, which[lanes], time[lanes], observation, noise))
         chosen_any = (action.bool() & observation["action_mask"].bool()).any(1)
         empty += (~chosen_any[lanes]).sum()
         lane_steps, steps = lane_steps + B, steps + len(lanes)
-        observation, _, _, _, info = env.step(action)
+        observation, *_ = env.step(action)
         time += 1
-        if "episode" in info:
-            _collect(results, info, episode, env.last_completions())
-            for lane in np.flatnonzero(info["_episode"].cpu().numpy()):  # the env's own order: lowest lane first
+        done = np.flatnonzero(core.outcome.done)
+        moved = len(done) > 0
+        if moved:
+            for name, values in host.items():
+                values[episode[done]] = getattr(core.outcome, name)[done]
+            texts = env.last_completions()
+            for lane in done:  # the env's own order: lowest lane first
+                completions[episode[lane]] = texts[lane] or ""
                 episode[lane] = next(waiting, EMPTY)
-                time[lane] = 0
-    results.row_forwards = env.core.row_forwards - forwards
-    results.steps, results.lane_steps = steps, lane_steps
-    results.empty_steps = float(empty) / max(steps, 1)
-    results.idle_lanes = 1 - steps / max(lane_steps, 1)
-    return results
-
-
-def _collect(results: Results, info: dict[str, Any], episode: np.ndarray, completions: list[str | None]) -> None:
-    """Write down the episodes that have just ended."""
-    done = info["_episode"]
-    where = torch.as_tensor(episode, device=done.device)[done]
-    results.reward[where] = info["episode"]["r"][done]
-    results.score[where] = info["episode"]["score"][done]
-    results.nfe[where] = info["episode"]["l"][done]
-    for lane in np.flatnonzero(done.cpu().numpy()):
-        results.completions[episode[lane]] = completions[lane] or ""
+            time[upload(done, device)] = 0
+    return Results(
+        **{name: upload(values, device) for name, values in host.items()},
+        example=upload(np.asarray(chosen, np.int64), device),
+        completions=completions,
+        row_forwards=core.row_forwards - forwards,
+        steps=steps,
+        lane_steps=lane_steps,
+        empty_steps=float(empty) / max(steps, 1),
+        idle_lanes=1 - steps / max(lane_steps, 1),
+    )

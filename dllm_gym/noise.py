@@ -48,5 +48,9 @@ def uniform(key: Tensor, counter: Tensor | int, n: int) -> Tensor:
     Returns:
         float32 [B, n]; every value is an odd multiple of 2**-24, so neither 0 nor 1.
     """
-    bits = fold(fold(key, counter)[:, None], torch.arange(n, device=key.device))  # (B, n)
+    return uniform_from(fold(fold(key, counter)[:, None], torch.arange(n, device=key.device)))  # (B, n)
+
+
+def uniform_from(bits: Tensor) -> Tensor:
+    """One uniform number float32 [..] in the open interval (0, 1) from each random int64 [..]."""
     return (_shift(bits, 41).to(torch.float32) * 2 + 1) * 2.0**-24

@@ -54,8 +54,8 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
             entries["entropy"] = Bounded(0, math.log(self.core.dllm.vocab_size), shape=(N, L), dtype=torch.float32)
         if self.core.sampling.margin:
             entries["margin"] = Bounded(0, 1, shape=(N, L), dtype=torch.float32)
-        if self.core.drift is not None:
-            entries["kl"] = Unbounded(shape=self.core.drift.kl.shape, dtype=torch.float32)
+        if self.core.predictions.drift is not None:
+            entries["kl"] = Unbounded(shape=self.core.predictions.drift.kl.shape, dtype=torch.float32)
         if self.core.sampling.hidden:
             entries["hidden"] = Unbounded(shape=(N, L, self.core.dllm.hidden_size), dtype=torch.float32)
         self.observation_spec = Composite(entries, shape=(N,), device=self.device)
@@ -88,10 +88,11 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         if not self._was_reset:
             raise RuntimeError("step() was called before reset()")
         action = check_action(tensordict["action"], (self.core.B, self.core.L), self.core.dllm.device)
-        outcome: Outcome = self.core.act(action)
+        self.core.commit(action)
+        self.core.predict()  # while the answers that are done are graded
+        outcome: Outcome = self.core.settle()
         self._terminated |= outcome.terminated
         self._truncated |= outcome.truncated
-        self.core.predict()
         result = self._pack(outcome.score, np.where(outcome.done, outcome.nfe, 0))
         result["reward"] = torch.as_tensor(outcome.reward, device=self.device)[:, None]
         return result

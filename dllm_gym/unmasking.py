@@ -9,21 +9,26 @@ a lane's tokens do not depend on its company. The faces (:mod:`~dllm_gym.env`, :
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dllm_gym.dealer import EMPTY
-from dllm_gym.models import DLLM, Prediction, Sampling, load_dllm
-from dllm_gym.models.base import kl_divergence, parts
+from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.noise import fold
+from dllm_gym.predictions import Predictions, Rows, Work, upload
 from dllm_gym.render import END, Frame
 from dllm_gym.rewards import Reward, make_reward
 from dllm_gym.tasks import Task, make_task
+
+if TYPE_CHECKING:
+    from dllm_gym.models.cache import BlockCache
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,14 @@ class EnvConfig:
         reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward.
         alpha: weight of speed in the reward, >= 0.
         max_episode_steps: truncate after this many steps; L by default.
+        stop_at_eos: end an episode once an end-of-text token is committed and nothing before it is masked. The answer
+            is the same, as nothing after that token belongs to it; NFE are fewer, so results are not comparable with
+            those of the published protocol.
+        lookahead: predict every masked position. False: those that may be unmasked now only, which saves much of the
+            head; all others read 0 in every entry.
+        cache: ``"none"``, or ``"prefix"`` or ``"dual"``: keys and values of the tokens before the active block, or
+            before and behind it, are those of the step that began the block (Fast-dLLM, arXiv 2505.22618). Faster,
+            and approximate: other tokens, other NFE. ``"prefix"`` is exact for block-causal dLLMs.
         hidden: observe the dLLM's last hidden states, too (those of the last prediction).
         entropy: observe the entropy of the dLLM's distributions, too.
         margin: observe how far the best token leads the second best, too.
@@ -64,6 +77,9 @@ class EnvConfig:
     reward: str | Reward = "multiplicative"
     alpha: float = 1.0
     max_episode_steps: int | None = None
+    stop_at_eos: bool = False
+    lookahead: bool = True
+    cache: str = "none"
     hidden: bool = False
     entropy: bool = False
     margin: bool = False
@@ -79,6 +95,17 @@ class EnvConfig:
             if name not in known:
                 raise TypeError(f"{name!r} is no argument of DLLMUnmask-v0: choose from {', '.join(known)}")
         return cls(**settings)
+
+
+@dataclass
+class Ended:
+    """A step whose rewards are not known yet; see :class:`Outcome`. ``grades`` come for the lanes that are done."""
+
+    terminated: np.ndarray
+    truncated: np.ndarray
+    steps: np.ndarray
+    example: np.ndarray
+    grades: Future[list[float]] | None
 
 
 @dataclass
@@ -122,49 +149,22 @@ def switch(name: str, value: bool) -> bool:
     return bool(value)
 
 
+def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """A call in a thread of its own (a pool of threads would not survive a fork of the process)."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
 # What a committed position reads in the optional observation entries.
 COMMITTED = {"entropy": 0.0, "margin": 1.0, "kl": 0.0}
-
-
-class Drift:
-    """By how much each of the last H steps of an episode moved the dLLM's distributions (KLASS, arXiv 2511.05664).
-
-    Args:
-        lanes: B. length: L. vocabulary: V. history: H. device: where everything lives.
-
-    Attributes:
-        kl: float32 [B, L, H], KL(p_t || p_{t-1}) in nats, newest first; +inf where there was no prediction before.
-        log_prob: float32 [B * L, V], the last distribution of every position, -inf before an episode's first.
-    """
-
-    def __init__(self, lanes: int, length: int, vocabulary: int, history: int, device: torch.device):
-        self.length = length
-        self.kl = torch.full((lanes, length, history), torch.inf, device=device)
-        self.log_prob = torch.full((lanes * length, vocabulary), -torch.inf, device=device)
-
-    def forget(self, lanes: Tensor) -> None:
-        """New episodes begin: the divergence of a first prediction from -inf is +inf."""
-        self.kl[lanes] = torch.inf
-        self.log_prob[self._rows(lanes)] = -torch.inf
-
-    def stay(self, lanes: Tensor) -> None:
-        """A step that left the distributions of these lanes as they were."""
-        self._shift(lanes, torch.zeros_like(self.kl[lanes, :, 0]))
-
-    def move(self, lanes: Tensor, where: Tensor, log_prob: Tensor) -> None:
-        """New distributions [n, V] at the positions ``where`` (bool [b, L], n in all) of b lanes."""
-        divergence = []
-        for new, rows in parts(log_prob, self._rows(lanes)[where]):
-            divergence.append(kl_divergence(new, self.log_prob[rows]))
-            self.log_prob[rows] = new
-        self._shift(lanes, torch.zeros_like(self.kl[lanes, :, 0]).masked_scatter(where, torch.cat(divergence)))
-
-    def _rows(self, lanes: Tensor) -> Tensor:
-        """Rows [b, L] of ``log_prob`` that belong to these lanes."""
-        return lanes[:, None] * self.length + torch.arange(self.length, device=lanes.device)
-
-    def _shift(self, lanes: Tensor, newest: Tensor) -> None:
-        self.kl[lanes] = torch.cat([newest[..., None], self.kl[lanes][..., :-1]], dim=-1)
 
 
 class Unmasking:
@@ -207,7 +207,9 @@ class Unmasking:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
         self.examples = self._within(self.task.examples(config.split).to_list(), config.max_prompt_length)
         self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
-        self._allocate(config.kl)
+        self.stop_at_eos = switch("stop_at_eos", config.stop_at_eos)
+        self.lookahead = switch("lookahead", config.lookahead)
+        self._allocate(config)
 
     def _within(self, examples: list[Any], most: int | None) -> list[Any]:
         """The examples whose prompt has at most ``most`` tokens."""
@@ -223,30 +225,37 @@ class Unmasking:
             log.warning("max_prompt_length=%d drops %d of %d examples", most, self.dropped, len(examples))
         return kept
 
-    def _allocate(self, history: int) -> None:
+    def _allocate(self, config: EnvConfig) -> None:
         B, L, device = self.B, self.L, self.dllm.device
         self.tokens = torch.full((B, L), self.dllm.eos_id, device=device)  # no mask: every lane starts empty
-        self.prompt_length = np.zeros(B, np.int64)
+        self.prompts: list[np.ndarray] = [np.zeros(0, np.int64)] * B
         self.example = np.full(B, EMPTY)
         self.running = np.zeros(B, bool)
+        self.stale = np.zeros(B, bool)  # lanes whose tokens changed since they were predicted
+        self.masked = np.zeros(B, np.int64)  # how many masks a lane has,
+        self.open = np.zeros(B, np.int64)  # how many of them in its active block,
+        self.first_mask = np.zeros(B, np.int64)  # and where the first one is
         self.steps = torch.zeros(B, dtype=torch.int64, device=device)
         self.key = torch.zeros(B, dtype=torch.int64, device=device)
-        self.proposal = torch.zeros(B, L, dtype=torch.int64, device=device)
-        self.confidence = torch.zeros(B, L, self.sampling.top_k, device=device)
-        self.hidden = torch.zeros(B, L, self.dllm.hidden_size, device=device) if self.sampling.hidden else None
-        measures = [name for name in ("entropy", "margin") if getattr(self.sampling, name)]
-        self.measures = {name: torch.zeros(B, L, device=device) for name in measures}
-        self.drift = Drift(B, L, self.dllm.vocab_size, history, device) if history else None
         self.fresh = torch.zeros(B, L, dtype=torch.bool, device=device)  # committed by the last step
-        self.stale = np.zeros(B, bool)  # lanes whose tokens changed since they were predicted
         self.block = torch.arange(L, device=device) // self.block_length
-        committed = torch.zeros(self.sampling.top_k, device=device)
-        committed[0] = 1.0
-        self.committed_confidence = committed  # what a committed position reads
+        self.committed = torch.eye(1, self.sampling.top_k, device=device)[0]  # confidence at a committed position
+        self.stop_ids = torch.tensor(sorted(self.dllm.stop_ids), device=device)
+        self.predictions = Predictions(
+            self.dllm, B, L, sampling=self.sampling, cache=self._make_cache(config.cache), history=config.kl
+        )
         self.completions: list[str | None] = [None] * B
         self.outcome: Outcome | None = None
-        self.row_forwards = 0  # rows the dLLM has computed since construction
+        self._ended: Ended | None = None  # the step whose grades are not collected yet
+        self._encoded: dict[int, np.ndarray] = {}  # prompts by example
         self.lane_steps = 0  # steps of lanes with an episode since construction
+
+    def _make_cache(self, kind: str) -> BlockCache | None:
+        if kind == "none":
+            return None
+        from dllm_gym.models.cache import BlockCache
+
+        return BlockCache(self.dllm, kind, self.B, self.L, self.block_length)
 
     # ---- state ----
 
@@ -260,21 +269,47 @@ class Unmasking:
         active = torch.where(mask, self.block, self.L).amin(1, keepdim=True)  # (B, 1)
         return mask & (self.block == active)
 
+    @property
+    def work(self) -> Work:
+        """What the dLLM computed since construction."""
+        return self.predictions.work
+
+    @property
+    def row_forwards(self) -> int:
+        """Rows that the dLLM computed since construction."""
+        return self.work.rows
+
+    @property
+    def bytes_per_lane(self) -> int:
+        """What a lane's state takes on the device: tokens, predictions, what is kept for the next step."""
+        predictions, cache = self.predictions, self.predictions.cache
+        tensors = [self.tokens, self.steps, self.key, self.fresh, *predictions.tensors()]
+        if predictions.drift is not None:
+            tensors += [predictions.drift.kl, predictions.drift.log_prob]
+        return sum(tensor.nbytes for tensor in tensors) // self.B + (cache.bytes_per_lane if cache is not None else 0)
+
     def observe(self) -> dict[str, Tensor]:
         """The observation of every lane, in fresh tensors (see the environment's docstring)."""
-        mask = self.mask
+        mask, said = self.mask, self.predictions
+        legal = self.legal(mask)
+        seen = mask if self.lookahead else legal
+
+        def entry(value: Tensor, committed: float | Tensor) -> Tensor:
+            shape = (...,) + (None,) * (value.ndim - 2)  # (B, L) or (B, L, K)
+            return torch.where(seen[shape], value, torch.where(mask[shape], 0.0, committed))
+
         observation = {
-            "confidence": torch.where(mask[..., None], self.confidence, self.committed_confidence),  # (B, L, K)
+            "confidence": entry(said.confidence, self.committed),  # (B, L, K)
             "mask": mask.to(torch.int8),  # (B, L)
-            "action_mask": self.legal(mask).to(torch.int8),  # (B, L)
+            "action_mask": legal.to(torch.int8),  # (B, L)
             "time": (self.steps / self.L)[:, None],  # (B, 1)
         }
-        for name, value in self.measures.items():
-            observation[name] = torch.where(mask, value, COMMITTED[name])  # (B, L)
-        if self.drift is not None:
-            observation["kl"] = torch.where(mask[..., None], self.drift.kl, COMMITTED["kl"])  # (B, L, H)
-        if self.hidden is not None:
-            observation["hidden"] = self.hidden.clone()  # (B, L, d)
+        for name, value in said.measures.items():
+            observation[name] = entry(value, COMMITTED[name])  # (B, L)
+        if said.drift is not None:
+            observation["kl"] = entry(said.drift.kl, COMMITTED["kl"])  # (B, L, H)
+        if said.hidden is not None:
+            observation["hidden"] = said.hidden.clone()  # (B, L, d)
         return observation
 
     # ---- prompts in ----
@@ -288,22 +323,32 @@ class Unmasking:
             keys: each one's random stream (for proposals at a temperature).
         """
         chosen, index = np.asarray(list(lanes), np.int64), np.asarray(list(examples), np.int64)
-        prompts = [[] if i == EMPTY else self._check_prompt(self.examples[i]) for i in index]
+        prompts = [self._prompt(i) for i in index]
         self._widen(max(map(len, prompts)))
-        rows = torch.full((len(chosen), self.tokens.shape[1]), self.dllm.pad_id)  # (n, P + L)
-        for row, i, prompt in zip(rows, index, prompts, strict=True):
-            row[-self.L :] = self.dllm.eos_id if i == EMPTY else self.dllm.mask_id
-            row[len(row) - self.L - len(prompt) : -self.L] = torch.tensor(prompt, dtype=torch.int64)
-        where = torch.as_tensor(chosen, device=self.tokens.device)
-        self.tokens[where] = rows.to(self.tokens.device)
-        self.key[where] = torch.tensor(list(keys), dtype=torch.int64, device=self.tokens.device)
-        self.prompt_length[chosen] = [len(prompt) for prompt in prompts]
+        rows = np.full((len(chosen), self.tokens.shape[1]), self.dllm.pad_id)  # (n, P + L)
+        rows[:, -self.L :] = np.where(index == EMPTY, self.dllm.eos_id, self.dllm.mask_id)[:, None]
+        for row, lane, prompt in zip(rows, chosen, prompts, strict=True):
+            row[len(row) - self.L - len(prompt) : -self.L] = prompt
+            self.prompts[lane] = prompt
+        where = upload(chosen, self.tokens.device)
+        self.tokens[where] = upload(rows, self.tokens.device)
+        self.key[where] = upload(list(keys), self.tokens.device)
         self.example[chosen] = index
         self.steps[where] = 0
         self.fresh[where] = False
-        if self.drift is not None:
-            self.drift.forget(where)
-        self.running[chosen] = self.stale[chosen] = self.example[chosen] != EMPTY
+        self.predictions.forget(chosen)
+        started = index != EMPTY
+        self.running[chosen] = self.stale[chosen] = started
+        self.masked[chosen] = np.where(started, self.L, 0)
+        self.open[chosen] = np.where(started, self.block_length, 0)
+        self.first_mask[chosen] = 0
+
+    def _prompt(self, index: int) -> np.ndarray:
+        """The prompt's tokens int64 [P] of an example; none for an empty lane."""
+        if index not in self._encoded:
+            tokens = [] if index == EMPTY else self._check_prompt(self.examples[index])
+            self._encoded[index] = np.array(tokens, np.int64)
+        return self._encoded[index]
 
     def _check_prompt(self, example) -> list[int]:
         """The prompt's tokens, if prompt and completion fit the model's positions."""
@@ -324,86 +369,109 @@ class Unmasking:
     # ---- the dLLM ----
 
     def predict(self) -> None:
-        """Renew proposals and confidences of the lanes whose tokens changed: one forward of just those lanes.
+        """Renew proposals and confidences of the lanes whose tokens changed.
 
         A lane whose tokens did not change keeps its last prediction, which is exact.
         """
         lanes = np.flatnonzero(self.stale)
         if not len(lanes):
             return
-        index = torch.as_tensor(lanes, device=self.tokens.device)
-        width = int(self.prompt_length[lanes].max()) + self.L
-        tokens = self.tokens[index, -width:]  # (b, P + L)
-        padding = width - self.L - self.prompt_length[lanes]  # (b,)
-        attention_mask = None
-        if padding.any():
-            start = torch.as_tensor(padding, device=self.tokens.device)
-            attention_mask = torch.arange(width, device=self.tokens.device) >= start[:, None]
+        index = upload(lanes, self.tokens.device)
+        tokens = self.tokens[index]
         mask = tokens[:, -self.L :] == self.dllm.mask_id
-        rows = torch.zeros_like(tokens, dtype=torch.bool)
-        rows[:, -self.L :] = mask | self.sampling.hidden  # hidden states are wanted at every completion position
-        step_key = self._step_key(index)
-        prediction = self.dllm.predict(tokens, attention_mask, rows, self.sampling, step_key)
-        self._note(index, rows[:, -self.L :], prediction)
+        rows = Rows(
+            lanes=lanes,
+            length=np.array([len(self.prompts[lane]) for lane in lanes]) + self.L,
+            tokens=tokens,
+            where=mask if self.lookahead else self.legal(mask),
+            count=(self.masked if self.lookahead else self.open)[lanes],
+            block=self.first_mask[lanes] // self.block_length,
+            key=fold(self.key[index], self.steps[index]),
+            prompt=[self.prompts[lane].tobytes() if self.masked[lane] == self.L else None for lane in lanes],
+        )
+        self.predictions.renew(rows)
         self.stale[:] = False
-        self.row_forwards += len(lanes)
-
-    def _note(self, index: Tensor, where: Tensor, prediction: Prediction) -> None:
-        """Take over what was predicted at the positions ``where`` (bool [b, L]) of the lanes ``index``."""
-        self.proposal[index] = self.proposal[index].masked_scatter(where, prediction.token)
-        self.confidence[index] = self.confidence[index].masked_scatter(where[..., None], prediction.confidence)
-        for name, value in self.measures.items():
-            value[index] = value[index].masked_scatter(where, getattr(prediction, name))
-        if prediction.log_prob is not None and self.drift is not None:
-            self.drift.move(index, where, prediction.log_prob)
-        if prediction.hidden is not None and self.hidden is not None:
-            self.hidden[index] = prediction.hidden.float().view(*where.shape, -1)
-
-    def _step_key(self, index: Tensor) -> Tensor | None:
-        return fold(self.key[index], self.steps[index]) if self.sampling.temperature > 0 else None
 
     # ---- a step ----
 
     def act(self, action: Tensor) -> Outcome:
-        """Commit the proposals at chosen legal positions, and settle the lanes that are done.
+        """:meth:`commit` an action and :meth:`settle` at once."""
+        self.commit(action)
+        return self.settle()
+
+    def commit(self, action: Tensor) -> np.ndarray:
+        """Commit the proposals at chosen legal positions; answers that are complete go to the graders.
 
         Args:
             action: bool or integer [B, L]; non-zero unmasks, illegal bits are ignored. A lane that unmasks nothing has
                 spent a step; a lane without a running episode does nothing.
+
+        Returns:
+            bool [B], the lanes whose episode ended; :meth:`settle` has their rewards.
         """
         mask = self.mask
-        running = torch.as_tensor(self.running, device=mask.device)[:, None]
+        running = upload(self.running, mask.device)[:, None]
         chosen = action.bool() & self.legal(mask) & running  # a lane that was truncated stays as it is
-        completion = torch.where(chosen, self.proposal, self.tokens[:, -self.L :])
+        completion = torch.where(chosen, self.predictions.proposal, self.tokens[:, -self.L :])
         self.tokens[:, -self.L :] = completion
         self.steps += (mask & running).any(1)
         self.fresh = chosen
-        left = (completion == self.dllm.mask_id).any(1)
-        facts = torch.stack([chosen.any(1).long(), left.long(), self.steps]).cpu().numpy()  # one transfer to the host
-        changed, left, steps = facts[0] > 0, facts[1] > 0, facts[2]
-        terminated = self.running & ~left
-        truncated = self.running & left & (steps >= self.max_steps)
-        self.stale |= changed & left
-        if self.drift is not None:
-            unmoved = np.flatnonzero(self.running & left & ~changed)
-            self.drift.stay(torch.as_tensor(unmoved, device=mask.device))
+        left = completion == self.dllm.mask_id
+        first = torch.where(left, self._place(), self.L).amin(1)
+        facts = [
+            chosen.any(1),
+            left.sum(1),
+            self.legal(left).sum(1),
+            first,
+            self._complete(completion, first),
+            self.steps,
+        ]
+        host = torch.cat([torch.stack([fact.long() for fact in facts], 1), completion], 1).cpu().numpy()  # the one sync
+        changed, self.masked, self.open, self.first_mask, over, steps = host[:, : len(facts)].T.copy()
+        terminated = self.running & (over > 0)
+        truncated = self.running & ~terminated & (steps >= self.max_steps)
+        self.stale |= (changed > 0) & (over == 0)
+        if self.predictions.drift is not None:
+            unmoved = np.flatnonzero(self.running & ~terminated & (changed == 0))
+            self.predictions.drift.stay(upload(unmoved, mask.device))
         self.lane_steps += int(self.running.sum())
-        return self._settle(terminated, truncated, steps)
+        self._ended = self._hand_in(terminated, truncated, steps, host[:, len(facts) :])
+        return terminated | truncated
 
-    def _settle(self, terminated: np.ndarray, truncated: np.ndarray, steps: np.ndarray) -> Outcome:
-        """Decode, grade and reward the lanes that are done."""
+    def _place(self) -> Tensor:
+        """int64 [L], 0 .. L - 1."""
+        return torch.arange(self.L, device=self.block.device)
+
+    def _complete(self, completion: Tensor, first_mask: Tensor) -> Tensor:
+        """bool [B]: nothing is masked, or (``stop_at_eos``) nothing before a token that ends the text."""
+        if not self.stop_at_eos:
+            return first_mask == self.L
+        stops = torch.isin(completion, self.stop_ids)
+        return first_mask > torch.where(stops, self._place(), self.L - 1).amin(1)
+
+    def _hand_in(self, terminated: np.ndarray, truncated: np.ndarray, steps: np.ndarray, tokens: np.ndarray) -> Ended:
+        """Decode the answers that are done and let a thread grade them while the dLLM goes on."""
         done = np.flatnonzero(terminated | truncated)
-        score = np.zeros(self.B, np.float32)
-        reward = np.zeros(self.B, np.float32)
-        if len(done):
-            tokens = self.tokens[torch.as_tensor(done, device=self.tokens.device), -self.L :].tolist()
-            texts = [self.dllm.decode(completion) for completion in tokens]
-            score[done] = self.task.grade_all([self.examples[self.example[lane]] for lane in done], texts)
-            for lane, text in zip(done, texts, strict=True):
-                self.completions[lane] = text
-            reward[done] = self.reward(torch.from_numpy(score[done]), torch.from_numpy(steps[done]), self.L).numpy()
-            self.running[done] = False
-        self.outcome = Outcome(terminated, truncated, reward, score, steps, self.example.copy())
+        texts = [self.dllm.decode(completion) for completion in tokens[done].tolist()]
+        for lane, text in zip(done, texts, strict=True):
+            self.completions[lane] = text
+        self.running[done] = False
+        asked = [self.examples[example] for example in self.example[done]]
+        grades = in_background(self.task.grade_all, asked, texts) if len(done) else None
+        return Ended(terminated, truncated, steps, self.example.copy(), grades)
+
+    def settle(self) -> Outcome:
+        """What the last :meth:`commit` did, rewards included; waits for the graders."""
+        assert self._ended is not None, "settle() follows commit()"
+        ended, self._ended = self._ended, None
+        score, reward = np.zeros(self.B, np.float32), np.zeros(self.B, np.float32)
+        done = np.flatnonzero(ended.terminated | ended.truncated)
+        if ended.grades is not None:
+            score[done] = ended.grades.result()
+            reward[done] = self.reward(
+                torch.from_numpy(score[done]), torch.from_numpy(ended.steps[done]), self.L
+            ).numpy()
+        self.outcome = Outcome(ended.terminated, ended.truncated, reward, score, ended.steps, ended.example)
         return self.outcome
 
     # ---- for people ----
@@ -412,13 +480,13 @@ class Unmasking:
         """What a picture of one lane needs."""
         index = int(self.example[lane])
         mask = self.mask[lane]
-        tokens = torch.where(mask, self.proposal[lane], self.tokens[lane, -self.L :]).tolist()
+        tokens = torch.where(mask, self.predictions.proposal[lane], self.tokens[lane, -self.L :]).tolist()
         over = self.outcome if self.outcome and self.outcome.done[lane] and not self.running[lane] else None
         return Frame(
             prompt="" if index == EMPTY else str(self.task.prompt(self.examples[index])),
             tokens=[END if t in self.dllm.stop_ids else self.dllm.token_text(t) for t in tokens],
             masked=mask.cpu().numpy(),
-            confidence=torch.where(mask, self.confidence[lane, :, 0], 1.0).cpu().numpy(),
+            confidence=torch.where(mask, self.predictions.confidence[lane, :, 0], 1.0).cpu().numpy(),
             fresh=self.fresh[lane].cpu().numpy(),
             legal=self.legal(self.mask)[lane].cpu().numpy(),
             step=int(self.steps[lane]),

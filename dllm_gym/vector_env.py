@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm_gym import render
 from dllm_gym.dealer import Dealer
+from dllm_gym.predictions import upload
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking, positive
 
 FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
@@ -34,8 +35,8 @@ def observation_space(core: Unmasking) -> Dict:
         spaces["entropy"] = Box(0.0, math.log(V), (L,), np.float32)
     if core.sampling.margin:
         spaces["margin"] = Box(0.0, 1.0, (L,), np.float32)
-    if core.drift is not None:
-        spaces["kl"] = Box(0.0, np.inf, core.drift.kl.shape[1:], np.float32)
+    if core.predictions.drift is not None:
+        spaces["kl"] = Box(0.0, np.inf, core.predictions.drift.kl.shape[1:], np.float32)
     if core.sampling.hidden:
         spaces["hidden"] = Box(-np.inf, np.inf, (L, core.dllm.hidden_size), np.float32)
     return Dict(spaces)
@@ -188,18 +189,28 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         if self.autoreset_mode is AutoresetMode.DISABLED and self._waiting.any():
             lanes = np.flatnonzero(self._waiting).tolist()
             raise gym.error.ResetNeeded(f"lanes {lanes} have finished: reset them with options={{'reset_mask': ...}}")
-        outcome = self.core.act(check_action(actions, (self.num_envs, self.core.L), self.device))
-        info = self._information(outcome)
+        done = self.core.commit(check_action(actions, (self.num_envs, self.core.L), self.device))
+        last = None
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            if outcome.done.any():
-                info = self._final(info, outcome)
-                self._deal(np.flatnonzero(outcome.done))
+            last = self._last_observation(done) if done.any() else None
+            self._deal(np.flatnonzero(done))
         elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
             self._deal(np.flatnonzero(self._waiting))
-        self._waiting = outcome.done & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
-        self.core.predict()
+        self._waiting = done & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
+        self.core.predict()  # while the answers that are done are graded
+        outcome = self.core.settle()
+        info = self._information(outcome)
+        if last is not None:
+            info |= {"final_obs": last, "final_info": dict(info)}
+            info |= dict.fromkeys(("_final_obs", "_final_info"), info["_episode"])
         flags = [self._to_device(x) for x in (outcome.reward, outcome.terminated, outcome.truncated)]
         return self.core.observe(), flags[0], flags[1], flags[2], info
+
+    def _last_observation(self, done: np.ndarray) -> dict[str, Tensor]:
+        """What is seen of the lanes that are about to be refilled."""
+        if self.core.stale[done].any():
+            self.core.predict()  # masked positions of a truncated lane deserve their true confidences
+        return self.core.observe()
 
     def _information(self, outcome: Outcome) -> dict[str, Any]:
         done = outcome.done
@@ -216,16 +227,8 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             "_episode": self._to_device(done),
         }
 
-    def _final(self, info: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
-        """The last observation and info of the lanes that are about to be refilled."""
-        if outcome.truncated.any():
-            self.core.predict()  # masked positions of a truncated lane deserve their true confidences
-        done = self._to_device(outcome.done)
-        final = {"final_obs": self.core.observe(), "_final_obs": done, "final_info": dict(info), "_final_info": done}
-        return {**info, **final}
-
     def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.tensor(values, device=self.device)  # a copy: what is returned is the caller's
+        return upload(values, self.device)  # a copy: what is returned is the caller's
 
     def last_completions(self) -> list[str | None]:
         """The text of the last finished episode of every lane (None where none has finished)."""

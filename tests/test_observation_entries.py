@@ -17,7 +17,8 @@ import dllm_gym  # noqa: F401
 from agents.heuristics import Blockwise, EntropyBounded, Klass, Margin, NegativeEntropy
 from agents.rollout import evaluate
 from dllm_gym.env import DLLMUnmaskEnv
-from dllm_gym.models import Sampling, base, load_dllm
+from dllm_gym.models import Sampling, base, load_dllm, vocabulary
+from dllm_gym.noise import uniform
 from dllm_gym.unmasking import EnvConfig, Unmasking
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
@@ -45,12 +46,12 @@ class PlainLane:
         core, dllm = self.core, self.core.dllm
         if core.steps[self.lane] == 0:
             self.history = []
-        tokens = core.tokens[self.lane, -(int(core.prompt_length[self.lane]) + core.L) :]
+        tokens = core.tokens[self.lane, -(len(core.prompts[self.lane]) + core.L) :]
         hidden = dllm.backbone(input_ids=tokens[None]).last_hidden_state[0, -core.L :]
         logits = dllm.lm_head(hidden).double()
         logits[:, dllm.mask_id] = -torch.inf
         self.history.append(logits.softmax(-1))
-        return self.entries(tokens[-core.L :] == dllm.mask_id, core.drift.kl.shape[-1])
+        return self.entries(tokens[-core.L :] == dllm.mask_id, core.predictions.drift.kl.shape[-1])
 
     def entries(self, mask: torch.Tensor, H: int) -> dict[str, torch.Tensor]:
         p = self.history[-1]
@@ -188,19 +189,21 @@ def test_entries_describe_the_untempered_distribution():
     cold, hot = start(temperature=0.0), start(temperature=1.5)
     for name in (*NAMES, "confidence"):
         assert torch.equal(cold.observe()[name], hot.observe()[name])
-    assert not torch.equal(cold.proposal, hot.proposal)
+    assert not torch.equal(cold.predictions.proposal, hot.predictions.proposal)
 
 
 def test_entries_are_off_by_default_and_change_nothing_else():
     plain, asked = start(entropy=False, margin=False, kl=0), start()
-    assert plain.drift is None and set(plain.observe()) == {"confidence", "mask", "action_mask", "time"}
+    assert plain.predictions.drift is None and set(plain.observe()) == {"confidence", "mask", "action_mask", "time"}
     assert set(asked.observe()) == {*plain.observe(), *NAMES}
     assert asked.observe()["confidence"].shape == (2, 20, 1)
     for _ in range(3):
         for core in (plain, asked):
             core.act(torch.eye(20)[[int(core.steps[0]), 7]])
             core.predict()
-        assert torch.equal(plain.tokens, asked.tokens) and torch.equal(plain.proposal, asked.proposal)
+        assert torch.equal(plain.tokens, asked.tokens) and torch.equal(
+            plain.predictions.proposal, asked.predictions.proposal
+        )
         assert torch.equal(plain.observe()["confidence"], asked.observe()["confidence"])
 
 
@@ -269,26 +272,57 @@ def test_divergence_by_hand():
     q = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.75, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     expected = torch.tensor([first, 0.0, math.inf, math.inf])
-    torch.testing.assert_close(base.kl_divergence(p.log(), q.log()), expected)
+    torch.testing.assert_close(vocabulary.kl_divergence(p.log(), q.log()), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [torch.nn.Linear, lambda *sizes: torch.nn.Sequential(torch.nn.Linear(*sizes))])
+def test_a_head_read_in_slices_equals_the_whole_distribution(monkeypatch, kind, temperature):
+    """Slices of 4 tokens (one of them all forbidden), pieces of a few rows, against softmax in float64."""
+    torch.manual_seed(0)
+    head, hidden, forbidden = kind(6, 23).requires_grad_(False), 5 * torch.randn(9, 6), (1, 4, 5, 6, 7)
+    monkeypatch.setattr(vocabulary, "SLICE", 4)
+    monkeypatch.setattr(vocabulary, "PART", 25)
+    sampling = Sampling(3, temperature, entropy=True, margin=True, log_prob=True)
+    stream = torch.arange(9) if temperature else None
+    said = vocabulary.Vocabulary(head, 23, forbidden).read(hidden, sampling, stream)
+    logits = head(hidden).double()
+    logits[:, list(forbidden)] = -torch.inf
+    p = logits.softmax(-1)
+    best = p.topk(3).values
+    torch.testing.assert_close(said.confidence.double(), best, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(said.margin.double(), best[:, 0] - best[:, 1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(said.entropy.double(), torch.special.entr(p).sum(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(said.log_prob.double(), p.log(), atol=1e-5, rtol=1e-5)
+    gumbel = -(-uniform(torch.arange(9), 0, 23).log()).log()
+    assert torch.equal(said.token, (logits / temperature + gumbel if temperature else logits).argmax(-1))
+
+
+def test_confident_positions_have_no_entropy_from_rounding():
+    head = torch.nn.Linear(1, 20_000, bias=False).requires_grad_(False)
+    torch.nn.init.zeros_(head.weight)
+    head.weight[17_000] = 1.0
+    said = vocabulary.Vocabulary(head, 20_000, ()).read(torch.tensor([[80.0], [0.0]]), Sampling(entropy=True))
+    assert said.token.tolist() == [17_000, 0] and said.entropy[0] < 1e-25
+    torch.testing.assert_close(said.entropy[1], torch.tensor(math.log(20_000)))
 
 
 def test_reductions_in_pieces_give_the_same(monkeypatch):
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
-    whole = base.entropy(logits)
-    monkeypatch.setattr(base, "PART", 25)  # two rows at a time
-    assert [len(piece) for (piece,) in base.parts(logits)] == [2, 2, 2, 1]
-    torch.testing.assert_close(base.entropy(logits), whole)
+    monkeypatch.setattr(vocabulary, "PART", 25)  # two rows at a time
+    assert [len(piece) for (piece,) in vocabulary.parts(logits)] == [2, 2, 2, 1]
+    monkeypatch.undo()
     pieces = start()
     monkeypatch.undo()
     together = start()
     for core in (pieces, together):
         if core is pieces:
-            monkeypatch.setattr(base, "PART", 25)
+            monkeypatch.setattr(vocabulary, "PART", 25)
         core.act(torch.eye(20)[[3, 4]])
         core.predict()
         monkeypatch.undo()
     for name in NAMES:
-        torch.testing.assert_close(pieces.observe()[name], together.observe()[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(pieces.observe()[name], together.observe()[name], atol=1e-5, rtol=1e-5)
 
 
 # ---- the faces ----

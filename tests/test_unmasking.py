@@ -85,7 +85,7 @@ def start(**settings) -> Unmasking:
 
 def test_transition_by_hand():
     core = start(block_length=5, top_k=2)
-    proposal = core.proposal.clone()
+    proposal = core.predictions.proposal.clone()
     seen = core.observe()
     assert seen["action_mask"].sum(1).tolist() == [5, 5] and seen["mask"].sum(1).tolist() == [20, 20]
     action = torch.zeros(2, 20, dtype=torch.int8)

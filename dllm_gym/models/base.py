@@ -3,59 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dllm_gym.models.ids import SpecialIds
-from dllm_gym.noise import fold, uniform
+from dllm_gym.models.vocabulary import Prediction, Sampling, Vocabulary
+from dllm_gym.noise import fold
 from dllm_gym.prompt import Chat
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a dLLM says about n masked positions.
-
-    Attributes:
-        token: int64 [n], the proposed tokens.
-        confidence: float32 [n, K], the K largest probabilities, descending.
-        hidden: [n, d] last hidden states in the model's dtype.
-        entropy: float32 [n], Shannon entropy of the distribution in nats.
-        margin: float32 [n], the largest probability minus the second largest.
-        log_prob: float32 [n, V], the whole distribution; -inf for a token that is never proposed.
-
-    What was not asked for (see :class:`Sampling`) is None.
-    """
-
-    token: Tensor
-    confidence: Tensor
-    hidden: Tensor | None = None
-    entropy: Tensor | None = None
-    margin: Tensor | None = None
-    log_prob: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How proposals are drawn from a dLLM's logits.
-
-    Attributes:
-        top_k: K, how many probabilities to return.
-        temperature: 0 proposes the most likely token; otherwise argmax(logits / temperature + Gumbel noise). The
-            confidences are those of the untempered distribution in both cases.
-        hidden, entropy, margin, log_prob: what else to return. Like the confidences, they describe the untempered
-            distribution.
-    """
-
-    top_k: int = 1
-    temperature: float = 0.0
-    hidden: bool = False
-    entropy: bool = False
-    margin: bool = False
-    log_prob: bool = False
 
 
 class DLLM:
@@ -74,6 +31,8 @@ class DLLM:
         stop_ids: the tokens that end a completion: EOS and the end of a turn.
         forbidden_ids: the tokens that are never proposed: the mask, and a pad token that does not also end text.
         vocab_size: V. max_positions: the longest prompt + completion. hidden_size: d.
+        vocabulary: the head, as proposals and confidences are read from it.
+        compiled: the backbone is compiled for shapes that come again (see :meth:`compile`).
         template_options: what else the family's chat template is given.
 
     Raises:
@@ -93,6 +52,8 @@ class DLLM:
         ids = SpecialIds.of(config, tokenizer, self.vocab_size)
         self.mask_id, self.eos_id, self.pad_id = ids.mask, ids.eos, ids.pad
         self.stop_ids, self.forbidden_ids = ids.stop, ids.forbidden
+        self.vocabulary = Vocabulary(self.lm_head, self.vocab_size, self.forbidden_ids)
+        self.compiled = False
         self.hidden_size = int(sizes.hidden_size)
         self.max_positions = int(sizes.max_position_embeddings)
 
@@ -170,23 +131,17 @@ class DLLM:
         Returns:
             The n predictions; no forbidden token is among them.
         """
-        hidden = self._hidden(tokens, attention_mask).to(tokens.device)[rows]  # (n, d)
-        logits = self.lm_head(hidden).float().to(tokens.device)  # (n, V)
-        for token_id in self.forbidden_ids:
-            logits[:, token_id] = -torch.inf
-        # argmax takes the lowest of equal logits; topk's choice among them may depend on how many are asked for
-        greedy = sampling.temperature == 0
-        token = logits.argmax(-1) if greedy else self._sample(logits, rows, sampling.temperature, key)
-        largest = logits.topk(max(sampling.top_k, 2 if sampling.margin else 1), dim=-1).values
-        probability = (largest - logits.logsumexp(-1, keepdim=True)).exp()  # (n, K), or (n, 2) for the margin
-        return Prediction(
-            token,
-            probability[:, : sampling.top_k],
-            hidden=hidden if sampling.hidden else None,
-            entropy=entropy(logits) if sampling.entropy else None,
-            margin=probability[:, 0] - probability[:, 1] if sampling.margin else None,
-            log_prob=logits.log_softmax(-1) if sampling.log_prob else None,
-        )
+        hidden = self.encode_rows(tokens, attention_mask)[rows]  # (n, d)
+        if key is None:
+            return self.vocabulary.read(hidden, sampling)
+        row, column = rows.nonzero(as_tuple=True)
+        from_end = rows.shape[1] - column  # counted from the right: independent of left padding
+        return self.vocabulary.read(hidden, sampling, fold(key[row], from_end))
+
+    @torch.no_grad()
+    def encode_rows(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Last hidden states [B, T, d] of rows of tokens as in :meth:`predict`; those at j predict token j."""
+        return self._hidden(tokens, attention_mask).to(tokens.device)
 
     def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Hidden states [B, T, d], those at j predict token j; a family's shift, positions and masks go in here."""
@@ -195,39 +150,16 @@ class DLLM:
             input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False
         ).last_hidden_state
 
-    def _sample(self, logits: Tensor, rows: Tensor, temperature: float, key: Tensor | None) -> Tensor:
-        """argmax(logits / temperature + Gumbel) [n], with noise that depends on a row's key and the position only."""
-        if key is None:
-            raise ValueError(f"temperature={temperature} draws tokens at random: pass key, one int64 stream per row")
-        row, column = rows.nonzero(as_tuple=True)
-        from_end = rows.shape[1] - column  # counted from the right: independent of left padding
-        u = uniform(fold(key[row], from_end), 0, logits.shape[-1])  # (n, V)
-        return (logits / temperature - (-u.log()).log()).argmax(-1)
+    def compile(self) -> None:
+        """Let torch.compile build the backbone for shapes that come again, with CUDA graphs on a GPU.
+
+        The first forwards take tens of seconds; ``compiled`` tells whoever calls to round shapes up.
+        """
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        self.backbone.compile(mode=mode, dynamic=True)
+        self.compiled = True
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
     """Positions [B, T] counted from each row's first token; 0 on the padding before it."""
     return (attention_mask.cumsum(-1) - 1).clamp_min(0)
-
-
-PART = 1 << 24  # numbers that a reduction over the vocabulary may hold at a time (64 MiB)
-
-
-def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [n, ...], the first one [n, V], in pieces of rows: a copy of a piece is small beside the whole."""
-    rows = max(1, PART // tensors[0].shape[-1])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy float32 [n] in nats of the distributions softmax(logits [n, V])."""
-    return torch.cat([torch.special.entr(piece.softmax(-1)).sum(-1) for (piece,) in parts(logits)])
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) float32 [n] in nats of distributions given as log-probabilities [n, V].
-
-    What p excludes counts 0; what q excludes and p does not makes it infinite.
-    """
-    p = log_p.exp()
-    return (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(-1).clamp_min_(0)  # rounding may end below 0

@@ -1,0 +1,195 @@
+"""From hidden states to proposals and confidences, without ever holding a number per position and token.
+
+The head is applied to slices of the vocabulary; what the slices say about the whole distribution (logsumexp, largest
+probabilities, entropy) is put together afterwards, so memory does not grow with the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dllm_gym.noise import fold, uniform_from
+
+SLICE = 8192  # tokens of the vocabulary that are looked at at a time
+PART = 1 << 25  # numbers that one slice, or a reduction over the vocabulary, may hold (128 MiB)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a dLLM says about n masked positions.
+
+    Attributes:
+        token: int64 [n], the proposed tokens.
+        confidence: float32 [n, K], the K largest probabilities, descending.
+        hidden: [n, d] last hidden states in the model's dtype.
+        entropy: float32 [n], Shannon entropy of the distribution in nats.
+        margin: float32 [n], the largest probability minus the second largest.
+        log_prob: float32 [n, V], the whole distribution; -inf for a token that is never proposed.
+
+    What was not asked for (see :class:`Sampling`) is None.
+    """
+
+    token: Tensor
+    confidence: Tensor
+    hidden: Tensor | None = None
+    entropy: Tensor | None = None
+    margin: Tensor | None = None
+    log_prob: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How proposals are drawn from a dLLM's logits.
+
+    Attributes:
+        top_k: K, how many probabilities to return.
+        temperature: 0 proposes the most likely token; otherwise argmax(logits / temperature + Gumbel noise). The
+            confidences are those of the untempered distribution in both cases.
+        hidden, entropy, margin, log_prob: what else to return. Like the confidences, they describe the untempered
+            distribution. ``log_prob`` is the only one whose memory grows with the vocabulary.
+    """
+
+    top_k: int = 1
+    temperature: float = 0.0
+    hidden: bool = False
+    entropy: bool = False
+    margin: bool = False
+    log_prob: bool = False
+
+
+@dataclass
+class Slices:
+    """What each slice of the vocabulary says about n positions; lists with an entry per slice."""
+
+    largest: list[Tensor] = field(default_factory=list)  # (n, k) its largest logits
+    mass: list[Tensor] = field(default_factory=list)  # (n,) its logsumexp minus its largest logit
+    score: list[Tensor] = field(default_factory=list)  # (n,) of its best candidate for a proposal
+    token: list[Tensor] = field(default_factory=list)  # (n,) that candidate
+    spread: list[Tensor] = field(default_factory=list)  # (n,) its largest logit minus its mean logit
+    logits: list[Tensor] = field(default_factory=list)  # (n, slice), kept for log_prob only
+
+
+class Vocabulary:
+    """The head of a dLLM.
+
+    Args:
+        head: maps hidden states [n, d] to logits [n, V].
+        size: V.
+        forbidden: ids that are never proposed and have no probability.
+    """
+
+    def __init__(self, head: nn.Module, size: int, forbidden: Sequence[int]):
+        self.head, self.size, self.forbidden = head, size, forbidden
+        # A subclass of Linear may store its weight in another form (quantised), a hook may bring it from another
+        # device: those are applied as a whole.
+        self.sliced = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+
+    def read(self, hidden: Tensor, sampling: Sampling, stream: Tensor | None = None) -> Prediction:
+        """Predict n positions.
+
+        Args:
+            hidden: [n, d] last hidden states.
+            stream: int64 [n], a random stream per position; needed with a temperature.
+
+        Raises:
+            ValueError: a temperature without streams.
+        """
+        if sampling.temperature > 0 and stream is None:
+            raise ValueError(f"temperature={sampling.temperature} draws tokens at random: pass key, one stream per row")
+        rows = max(1, PART // (min(SLICE, self.size) if self.sliced else self.size))
+        streams = repeat(None) if stream is None else stream.split(rows)
+        pieces = [self._read(*piece, sampling) for piece in zip(hidden.split(rows), streams, strict=False)]
+        columns = {name: [getattr(piece, name) for piece in pieces] for name in Prediction.__dataclass_fields__}
+        return Prediction(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+
+    def _read(self, hidden: Tensor, stream: Tensor | None, sampling: Sampling) -> Prediction:
+        slices = Slices()
+        k = max(sampling.top_k, 2 if sampling.margin else 1)
+        for start, logits in self._slices(hidden):
+            self._look(slices, logits, k, sampling)
+            value, index = self._candidates(logits, start, stream, sampling.temperature).max(-1)
+            slices.score.append(value)
+            slices.token.append(index + start)
+        # max and argmax take the first of equals, so the lowest token wins, within and among slices.
+        best = torch.stack(slices.score).argmax(0, keepdim=True)  # (1, n)
+        largest = torch.cat(slices.largest, -1).topk(k, -1).values  # (n, k)
+        # Counted from the largest logit everywhere, so that rounding does not depend on how large the logits are.
+        offset = torch.stack([logits[:, 0] for logits in slices.largest]) - largest[:, 0]  # (S, n)
+        masses = torch.stack(slices.mass) + offset
+        mass = masses.logsumexp(0)  # (n,)
+        probability = (largest - largest[:, :1] - mass[:, None]).exp()  # (n, k)
+        return Prediction(
+            torch.stack(slices.token).gather(0, best)[0],
+            probability[:, : sampling.top_k],
+            hidden=hidden if sampling.hidden else None,
+            entropy=mass + _spread(slices, offset, masses - mass) if sampling.entropy else None,
+            margin=probability[:, 0] - probability[:, 1] if sampling.margin else None,
+            log_prob=torch.cat(slices.logits, -1) - (largest[:, 0] + mass)[:, None] if sampling.log_prob else None,
+        )
+
+    def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Logits float32 [n, c] of slice after slice, each with its first token."""
+        for start in range(0, self.size, SLICE) if self.sliced else (0,):
+            if self.sliced:
+                here = slice(start, min(start + SLICE, self.size))
+                bias = None if self.head.bias is None else self.head.bias[here]
+                logits = linear(hidden, self.head.weight[here], bias).float()
+            else:
+                logits = self.head(hidden).float()
+            for token in self.forbidden:
+                if start <= token < start + logits.shape[-1]:
+                    logits[:, token - start] = -torch.inf
+            yield start, logits
+
+    def _look(self, slices: Slices, logits: Tensor, k: int, sampling: Sampling) -> None:
+        """Add to ``slices`` what these logits say about the distribution."""
+        few = min(k, logits.shape[-1])
+        largest = logits.amax(-1, keepdim=True) if few == 1 else logits.topk(few, -1).values
+        below = largest[:, :1].clamp_min(torch.finfo().min) - logits  # (n, c); finite where all is forbidden
+        weight = (-below).exp()
+        total = weight.sum(-1)
+        slices.largest.append(largest)
+        slices.mass.append(total.log())
+        if sampling.entropy:
+            spread = (weight * below.masked_fill_(weight == 0, 0)).sum(-1) / total
+            slices.spread.append(spread.nan_to_num(0))
+        if sampling.log_prob:
+            slices.logits.append(logits)
+
+    def _candidates(self, logits: Tensor, start: int, stream: Tensor | None, temperature: float) -> Tensor:
+        """Scores [n, c] whose largest is the proposal: logits / temperature + Gumbel noise, or the logits."""
+        if stream is None or temperature == 0:
+            return logits
+        token = torch.arange(start, start + logits.shape[-1], device=logits.device)
+        u = uniform_from(fold(fold(stream, 0)[:, None], token))  # (n, c), the same in any slicing
+        return logits / temperature - (-u.log()).log()
+
+
+def _spread(slices: Slices, offset: Tensor, log_share: Tensor) -> Tensor:
+    """float32 [n], the largest logit minus the mean logit: entropy less log Z.
+
+    Args:
+        offset, log_share: [S, n], each slice's largest logit minus that of all, and its log-probability.
+    """
+    return (log_share.exp() * (torch.stack(slices.spread) - offset).masked_fill(log_share == -torch.inf, 0)).sum(0)
+
+
+def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [n, ...], the first one [n, V], in pieces of rows: a copy of a piece is small beside the whole."""
+    rows = max(1, PART // tensors[0].shape[-1])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) float32 [n] in nats of distributions given as log-probabilities [n, V].
+
+    What p excludes counts 0; what q excludes and p does not makes it infinite.
+    """
+    p = log_p.exp()
+    return (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(-1).clamp_min_(0)  # rounding may end below 0
