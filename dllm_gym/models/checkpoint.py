@@ -38,6 +38,7 @@ class Settings:
     rope_float32: bool = False
     chat_template: bool = True
     mask_token: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:

@@ -74,6 +74,7 @@ def load_dllm(
     rope_float32: bool = False,
     chat_template: bool = True,
     mask_token: str | None = None,
+    compile: bool = False,
 ) -> DLLM:
     """Load a frozen dLLM; the same arguments give the same object within a process.
 
@@ -92,6 +93,8 @@ def load_dllm(
         chat_template: put prompts into the tokenizer's chat template. Base models carry a template that they were
             not trained with: turn it off for them.
         mask_token: the mask token's text, for a checkpoint that does not name it.
+        compile: let torch.compile build the network, with CUDA graphs on a GPU. Forwards are then rounded up to shapes
+            that come again; the first ones take tens of seconds.
 
     Raises:
         ValueError: no such model; not a supported family; weights that are missing, unexpected, mis-shaped or
@@ -113,6 +116,7 @@ def load_dllm(
         "rope_float32": rope_float32,
         "chat_template": chat_template,
         "mask_token": mask_token,
+        "compile": compile,
     }
     if isinstance(model, DLLM):
         refuse_another(model, device, dtype, options)
@@ -165,6 +169,8 @@ def _read(model: str, settings: Settings) -> DLLM:
         raise ValueError(f"model={model!r}: cannot load the checkpoint in {folder}: {reason}") from error
     if not isinstance(dllm, DLLM):
         raise ValueError(f"model={model!r}: the loader of its family gave a {type(dllm).__name__}, not a DLLM")
+    if settings.compile:
+        dllm.compile()
     tokens = max(len(dllm.tokenizer), dllm.mask_id + 1)
     if tokens > dllm.vocab_size:
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,11 @@ class Vocabulary:
         rows = max(1, PART // (min(SLICE, self.size) if self.sliced else self.size))
         streams = repeat(None) if stream is None else stream.split(rows)
         pieces = [self._read(*piece, sampling) for piece in zip(hidden.split(rows), streams, strict=False)]
-        columns = {name: [getattr(piece, name) for piece in pieces] for name in Prediction.__dataclass_fields__}
-        return Prediction(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+        columns: dict[str, Any] = {}
+        for name in Prediction.__dataclass_fields__:
+            column = [getattr(piece, name) for piece in pieces]
+            columns[name] = None if column[0] is None else torch.cat(column)
+        return Prediction(**columns)
 
     def _read(self, hidden: Tensor, stream: Tensor | None, sampling: Sampling) -> Prediction:
         slices = Slices()
@@ -135,13 +139,13 @@ class Vocabulary:
 
     def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Logits float32 [n, c] of slice after slice, each with its first token."""
+        head: Any = self.head
         for start in range(0, self.size, SLICE) if self.sliced else (0,):
             if self.sliced:
-                here = slice(start, min(start + SLICE, self.size))
-                bias = None if self.head.bias is None else self.head.bias[here]
-                logits = linear(hidden, self.head.weight[here], bias).float()
+                here = slice(start, start + SLICE)
+                logits = linear(hidden, head.weight[here], None if head.bias is None else head.bias[here]).float()
             else:
-                logits = self.head(hidden).float()
+                logits = head(hidden).float()
             for token in self.forbidden:
                 if start <= token < start + logits.shape[-1]:
                     logits[:, token - start] = -torch.inf

@@ -1,0 +1,246 @@
+"""The fewest forwards: what is saved, and that nothing but the work changes."""
+
+from __future__ import annotations
+
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+
+from agents.distributions import MaskedBernoulli
+from agents.heuristics import EntropyBounded, Factor, Threshold, TopK
+from agents.policies import DiTConfidence, PolicyDecider
+from agents.rollout import evaluate
+from dllm_gym import predictions
+from dllm_gym.models import load_dllm
+from dllm_gym.predictions import by_length, positions
+from dllm_gym.tasks import Sudoku
+from dllm_gym.unmasking import EnvConfig, Unmasking
+from dllm_gym.vector_env import DLLMUnmaskVectorEnv
+
+
+def envs(lanes: int = 8, **settings) -> DLLMUnmaskVectorEnv:
+    return DLLMUnmaskVectorEnv(num_envs=lanes, split="test", **settings)
+
+
+def published_policy() -> PolicyDecider:
+    torch.manual_seed(0)
+    return PolicyDecider(DiTConfidence(width=32, ffn=64), MaskedBernoulli)
+
+
+def outcome(results):
+    return results.completions, results.nfe.tolist(), results.score.tolist()
+
+
+# ---- batches ----
+
+
+def cost(lengths: np.ndarray, batches: list[np.ndarray]) -> int:
+    return sum(int(lengths[batch].max()) * len(batch) + predictions.START_TOKENS for batch in batches)
+
+
+def test_rows_are_split_where_padding_costs_more_than_a_forward():
+    assert [len(batch) for batch in by_length(np.full(100, 50))] == [100]
+    lengths = np.array([100, 10_000, 110, 9_990])
+    assert [sorted(batch.tolist()) for batch in by_length(lengths)] == [[1, 3], [0, 2]]
+    assert [len(batch) for batch in by_length(np.full(10, 50), most=200)] == [4, 3, 3]
+    assert [len(batch) for batch in by_length(np.array([500, 500]), most=200)] == [1, 1]  # a row is never cut
+    assert list(by_length(np.zeros(0, np.int64))) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_hold_every_row_once_and_cost_no_more_than_one_batch(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(10, 10 ** rng.integers(2, 4), size=int(rng.integers(1, 60)))
+    batches = list(by_length(lengths))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert cost(lengths, batches) <= cost(lengths, [np.arange(len(lengths))])
+
+
+def test_positions_are_those_of_nonzero():
+    for seed in range(10):
+        where = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) < seed / 9
+        assert torch.equal(positions(where, int(where.sum())), where.flatten().nonzero()[:, 0])
+
+
+@pytest.mark.parametrize(("name", "value"), [("START_TOKENS", 10**9), ("START_TOKENS", 0), ("CPU_TOKENS", 1)])
+def test_how_rows_are_batched_changes_no_token(monkeypatch, mixed_task, name, value):
+    plain, decider = evaluate(envs(task=mixed_task), published_policy(), range(24)), published_policy()
+    monkeypatch.setattr(predictions, name, value)
+    other = envs(task=mixed_task)
+    assert outcome(evaluate(other, decider, range(24))) == outcome(plain)
+    assert (other.core.work.padding > 0) == (value == 10**9)
+
+
+def test_rounded_shapes_change_no_token(mixed_task):
+    """What a compiled network is given: rows and columns that fill up a shape."""
+    dllm = load_dllm("tiny", dtype="float32", chat_template=False)  # an object of its own
+    plain = evaluate(envs(5, task=mixed_task, model=dllm), TopK(6), range(12))
+    dllm.compiled = True
+    rounded = envs(5, task=mixed_task, model=dllm)
+    seen = []
+    encode = dllm.encode_rows
+    dllm.encode_rows = lambda tokens, mask: seen.append(tuple(tokens.shape)) or encode(tokens, mask)
+    assert outcome(evaluate(rounded, TopK(6), range(12))) == outcome(plain)
+    assert all(rows % 8 == 0 and width % 32 == 0 for rows, width in seen)
+
+
+# ---- equal rows ----
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden": True, "entropy": True, "margin": True}], ids=str)
+def test_a_prompt_is_forwarded_once_however_often_it_begins(settings):
+    fresh, env = envs(4, **settings), envs(4, **settings)
+    first = evaluate(env, published_policy(), [3] * 12, seed=1)
+    assert env.core.work.reused == 11 and env.core.work.lengths[env.core.work.lengths.most_common()[0][0]] > 0
+    again = evaluate(env, published_policy(), [3] * 12, seed=1)
+    assert env.core.work.reused == 11 + 12 and again.row_forwards == first.row_forwards - 1
+    fresh.core.predictions._recall = lambda rows: {}  # every row is forwarded
+    plain = evaluate(fresh, published_policy(), [3] * 12, seed=1)
+    assert outcome(plain) == outcome(first) == outcome(again)
+    assert plain.row_forwards == first.row_forwards + 11
+
+
+def test_what_is_observed_of_a_reused_prediction_equals_the_computed_one():
+    settings = {"hidden": True, "entropy": True, "margin": True, "top_k": 3}
+    computed, _ = envs(3, **settings).reset(options={"examples": [5, 6, 7]})
+    reused = envs(3, **settings)
+    reused.reset(options={"examples": [7, 5, 5]})
+    observation, _ = reused.reset(options={"examples": [5, 6, 7]})
+    assert reused.core.work.rows == 3 and reused.core.work.reused == 3
+    for name, value in computed.items():
+        torch.testing.assert_close(observation[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"kl": 2}], ids=str)
+def test_rows_that_are_not_alike_are_not_shared(settings):
+    env = envs(4, **settings)
+    env.reset(seed=0, options={"examples": [3] * 4})
+    assert env.core.work.rows == 4 and env.core.work.reused == 0
+
+
+def test_first_predictions_do_not_grow_without_bound(monkeypatch):
+    monkeypatch.setattr(predictions, "FIRST_BYTES", 1000)  # a lane's take 20 * (8 + 4)
+    env = envs(8)
+    evaluate(env, TopK(20), range(30))
+    assert len(env.core.predictions.first) == 4
+    assert env.core.work.rows == 30
+    evaluate(env, TopK(20), [29, 28, 0])
+    assert env.core.work.rows == 31  # the oldest was forgotten, the latest were not
+
+
+def test_work_adds_up(mixed_task):
+    env = envs(8, task=mixed_task)
+    results = evaluate(env, Threshold(0.9), range(40))
+    work = env.core.work
+    assert work.rows == sum(work.lengths.values()) == results.row_forwards
+    assert work.tokens == sum(length * rows for length, rows in work.lengths.items()) + work.padding
+    assert work.rows + work.reused == int(results.nfe.sum())  # the threshold has no empty step
+
+
+def test_a_lane_takes_what_its_entries_take():
+    core = envs(4, top_k=2).core
+    each = 8 * 20 + 4 * 2 * 20 + 20 + 8 + 8  # proposals, confidences, fresh, steps, key
+    prompts = core.tokens.shape[1] - 20
+    assert core.bytes_per_lane == each + 8 * (20 + prompts)
+
+
+# ---- less than everything ----
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.7), Factor(0.5), TopK(3), EntropyBounded(0.3)], ids=str)
+def test_without_lookahead_rules_decode_the_same_from_fewer_positions(rule):
+    settings = {"task": "arithmetic", "block_length": 12, **rule.requires}
+    counted, results = [], []
+    for lookahead in (True, False):
+        env = envs(4, lookahead=lookahead, **settings)
+        read, seen = env.core.dllm.vocabulary.read, []
+        env.core.dllm.vocabulary.read = lambda hidden, *rest, read=read, seen=seen: (
+            seen.append(len(hidden)) or read(hidden, *rest)
+        )
+        try:
+            results.append(outcome(evaluate(env, rule, range(12))))
+        finally:
+            del env.core.dllm.vocabulary.read
+        counted.append(sum(seen))
+    assert results[0] == results[1]
+    assert counted[1] < 0.6 * counted[0]
+
+
+def test_without_lookahead_positions_ahead_read_nothing():
+    names = {"entropy": True, "margin": True, "top_k": 2}
+    env = envs(2, task="arithmetic", block_length=12, lookahead=False, **names)
+    observation, _ = env.reset(seed=0)
+    observation = env.step(observation["action_mask"])[0]
+    ahead = (observation["mask"] == 1) & (observation["action_mask"] == 0)
+    committed = observation["mask"] == 0
+    assert ahead.sum() == 2 * 24 and committed.sum() == 2 * 12
+    for name in ("confidence", "entropy", "margin"):
+        assert (observation[name][ahead] == 0).all()
+    assert (observation["confidence"][committed] == torch.tensor([1.0, 0.0])).all()
+    assert (observation["confidence"][observation["action_mask"] == 1] > 0).all()
+
+
+def test_an_answer_that_ends_early_is_the_same_in_fewer_steps():
+    for task in ("arithmetic", "sudoku"):
+        plain, early = (
+            evaluate(envs(task=task, block_length=4, stop_at_eos=stop), TopK(1), range(20)) for stop in (0, 1)
+        )
+        assert plain.completions == early.completions and torch.equal(plain.score, early.score)
+        assert (early.nfe <= plain.nfe).all()
+        assert (early.nfe < plain.nfe).any() == (task == "arithmetic")  # a sudoku's answer fills its completion
+
+
+def test_an_end_of_text_ends_an_episode_once_nothing_before_it_is_masked():
+    core = Unmasking(2, EnvConfig(split="test", stop_at_eos=True))
+    core.place([0, 1], [0, 1], [0, 0])
+    core.predict()
+    core.predictions.proposal[0, 3] = core.dllm.eos_id
+    commit = lambda *places: torch.stack([torch.isin(torch.arange(20), torch.tensor(p)) for p in places])  # noqa: E731
+    assert not core.act(commit([3], [3])).done.any()  # masks before it
+    core.predict()
+    assert not core.act(commit([0, 2], [0, 2])).done.any()
+    core.predict()
+    outcome = core.act(commit([1], [1]))
+    assert outcome.terminated.tolist() == [True, False] and outcome.nfe[0] == 3
+    assert len(core.completions[0]) == 3 and core.running.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("name", "value"), [("lookahead", 2), ("stop_at_eos", "yes"), ("cache", "both")])
+def test_wrong_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        envs(1, **{name: value})
+
+
+# ---- grading ----
+
+
+class Patient(Sudoku):
+    """Waits with its grade until the dLLM has begun another forward."""
+
+    def __init__(self):
+        super().__init__(sizes={"train": 20, "validation": 5, "test": 20})
+        self.forward = Event()
+
+    def grade(self, example, completion):
+        return float(self.forward.wait(30))
+
+
+def test_answers_are_graded_while_the_dllm_goes_on(monkeypatch, tiny):
+    task = Patient()
+    env = envs(2, task=task)
+    observation, _ = env.reset(seed=0)
+    encode = tiny.encode_rows
+    monkeypatch.setattr(tiny, "encode_rows", lambda *rows: task.forward.set() or encode(*rows))
+    _, reward, terminated, _, info = env.step(observation["action_mask"])
+    assert terminated.all() and (info["episode"]["score"] == 1).all() and (reward == 1).all()
+
+
+def test_an_error_of_a_grader_reaches_the_caller(monkeypatch):
+    task = Sudoku(sizes={"train": 20, "validation": 5, "test": 20})
+    monkeypatch.setattr(task, "grade", lambda example, completion: 1 / 0)
+    env = envs(2, task=task)
+    observation, _ = env.reset(seed=0)
+    with pytest.raises(ZeroDivisionError):
+        env.step(observation["action_mask"])
