@@ -12,9 +12,9 @@ from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, pad
 from torch import Tensor
 
+from dllm_gym.batches import upload
 from dllm_gym.dealer import EMPTY, check_example
 from dllm_gym.noise import fold, uniform
-from dllm_gym.predictions import upload
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 Decider = Callable[[Mapping[str, Tensor], Tensor], Tensor]

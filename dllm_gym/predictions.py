@@ -7,7 +7,7 @@ and the head reads the positions that are asked for. Only a cache of keys and va
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dllm_gym.batches import Batching, upload
 from dllm_gym.models import DLLM, Prediction, Sampling
 from dllm_gym.models.vocabulary import kl_divergence, parts
 from dllm_gym.noise import fold
@@ -22,8 +23,6 @@ from dllm_gym.noise import fold
 if TYPE_CHECKING:
     from dllm_gym.models.cache import BlockCache
 
-CPU_TOKENS = 2048  # of one forward on a CPU: the activations of more leave its caches
-START_TOKENS = 256  # what starting another forward costs, in tokens that could be computed meanwhile
 FIRST_BYTES = 1 << 26  # kept of first predictions (64 MiB)
 
 
@@ -34,7 +33,7 @@ class Work:
     Attributes:
         rows, forwards: rows in calls of the backbone, and these calls.
         tokens, padding: tokens in these rows, and how many of them are padding.
-        lengths: prompt + completion tokens of a row -> how many rows of that length were forwarded.
+        lengths: prompt + completion tokens -> how many whole rows of that length were forwarded.
         reused: rows whose prediction was taken from an equal row.
     """
 
@@ -45,13 +44,12 @@ class Work:
     lengths: Counter[int] = field(default_factory=Counter)
     reused: int = 0
 
-    def add(self, lengths: np.ndarray, tokens: int) -> None:
-        """A call with rows of these lengths [b], ``tokens`` in all."""
-        self.rows += len(lengths)
+    def add(self, rows: int, tokens: int, padding: int) -> None:
+        """A call of the backbone."""
+        self.rows += rows
         self.forwards += 1
         self.tokens += tokens
-        self.padding += tokens - int(lengths.sum())
-        self.lengths.update(lengths.tolist())
+        self.padding += padding
 
 
 @dataclass(frozen=True)
@@ -84,36 +82,6 @@ class Rows:
         tensors = {name: getattr(self, name)[on_device] for name in ("tokens", "where", "key")}
         arrays = {name: getattr(self, name)[rows] for name in ("lanes", "length", "count", "block")}
         return replace(self, **tensors, **arrays, prompt=[self.prompt[row] for row in rows])
-
-
-def upload(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
-    """A copy on the device, which nothing has to wait for."""
-    tensor = torch.tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def by_length(lengths: np.ndarray, most: int | None = None) -> Iterator[np.ndarray]:
-    """Indices of rows that should share a forward: where padding would cost more than another forward, it is split.
-
-    Args:
-        lengths: int64 [n], tokens per row.
-        most: tokens in one forward (but at least one row); None: no limit.
-    """
-
-    def split(rows: np.ndarray) -> Iterator[np.ndarray]:
-        width = lengths[rows[0]]
-        saved = (width - lengths[rows]) * (len(rows) - np.arange(len(rows)))  # if the cut were before each row
-        cut = int(saved.argmax())
-        if saved[cut] > START_TOKENS:
-            yield from split(rows[:cut])
-            yield from split(rows[cut:])
-        else:
-            size = len(rows) if most is None else max(1, most // int(width))
-            pieces = -(-len(rows) // size)
-            yield from np.array_split(rows, pieces)
-
-    if len(lengths):
-        yield from split(np.argsort(-lengths, kind="stable"))
 
 
 def positions(where: Tensor, count: int) -> Tensor:
@@ -191,7 +159,7 @@ class Predictions:
         self.drift = Drift(lanes, length, dllm.vocab_size, history, device) if history else None
         self.work = Work()
         self.first: OrderedDict[bytes, list[Tensor]] = OrderedDict()  # first predictions by prompt, latest last
-        self.most_tokens = CPU_TOKENS if device.type == "cpu" else None
+        self.batching = Batching.on(device)
 
     def tensors(self) -> list[Tensor]:
         """What is kept per lane and position, [B, L, ...] each."""
@@ -215,7 +183,7 @@ class Predictions:
         repeatable = self.drift is None and self.sampling.temperature == 0
         twins = self._recall(rows) if repeatable else {}
         needed = rows.pick(np.array([i for i in range(len(rows.lanes)) if i not in twins], np.int64))
-        for batch in by_length(needed.length, self.most_tokens):
+        for batch in self.batching.split(needed.length):
             self._forward(needed.pick(batch))
         if repeatable:
             self._remember(needed)
@@ -230,7 +198,8 @@ class Predictions:
             width, height = rounded(width, 32), rounded(height, 8)
         tokens, mask = self._padded(rows, width, height)
         hidden = self.dllm.encode_rows(tokens, mask)[: len(rows.lanes), -self.L :]  # (b, L, d)
-        self.work.add(rows.length, width * height)
+        self.work.add(len(rows.lanes), width * height, width * height - int(rows.length.sum()))
+        self.work.lengths.update(rows.length.tolist())
         at = positions(rows.where, int(rows.count.sum()))  # (n,) in b * L
         lanes = upload(rows.lanes, tokens.device)
         if self.hidden is not None:
@@ -252,14 +221,13 @@ class Predictions:
 
     def _forward_cached(self, rows: Rows) -> None:
         assert self.cache is not None
-        width = int(rows.length.max())
-        tokens, mask = self._padded(rows, width, len(rows.lanes))
-        for part in self.cache.encode(rows.lanes, tokens, mask, rows.block):
+        tokens = rows.tokens
+        for part in self.cache.encode(rows.lanes, tokens, rows.length, rows.block):
             some = rows.pick(part.rows)
             there = part.columns >= 0
             columns = part.columns.clamp_min(0)
             wanted = there & some.where.gather(1, columns)  # (c, q)
-            self.work.add(np.full(len(part.rows), part.columns.shape[1]), part.columns.numel())
+            self.work.add(len(part.rows), part.columns.numel(), part.padding)
             lanes = upload(some.lanes, tokens.device)
             if self.hidden is not None:
                 row = lanes[:, None].expand_as(columns)

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dllm_gym.batches import upload
 from dllm_gym.dealer import EMPTY
 from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.noise import fold
-from dllm_gym.predictions import Predictions, Rows, Work, upload
+from dllm_gym.predictions import Predictions, Rows, Work
 from dllm_gym.render import END, Frame
 from dllm_gym.rewards import Reward, make_reward
 from dllm_gym.tasks import Task, make_task

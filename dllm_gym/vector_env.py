@@ -15,8 +15,8 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dllm_gym import render
+from dllm_gym.batches import upload
 from dllm_gym.dealer import Dealer
-from dllm_gym.predictions import upload
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking, positive
 
 FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}

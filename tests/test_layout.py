@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What each part of dllm_gym may import of the others. A new part needs a line here.
-BASE = {"models", "tasks", "rewards", "noise", "render", "dealer", "prompt"}
+BASE = {"batches", "models", "tasks", "rewards", "noise", "render", "dealer", "prompt"}
 MAY_IMPORT = {
     "": set(),
     **dict.fromkeys(BASE, set()),
-    "models": {"noise", "prompt"},
+    "models": {"batches", "noise", "prompt"},
     "tasks": {"prompt"},
-    "predictions": {"models", "noise"},
+    "predictions": {"batches", "models", "noise"},
     "unmasking": BASE | {"predictions"},
     "vector_env": BASE | {"predictions", "unmasking"},
     "env": BASE | {"unmasking", "vector_env"},

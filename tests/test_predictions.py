@@ -13,8 +13,9 @@ from agents.heuristics import EntropyBounded, Factor, Threshold, TopK
 from agents.policies import DiTConfidence, PolicyDecider
 from agents.rollout import evaluate
 from dllm_gym import predictions
+from dllm_gym.batches import Batching
 from dllm_gym.models import load_dllm
-from dllm_gym.predictions import by_length, positions
+from dllm_gym.predictions import positions
 from dllm_gym.tasks import Sudoku
 from dllm_gym.unmasking import EnvConfig, Unmasking
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
@@ -36,26 +37,28 @@ def outcome(results):
 # ---- batches ----
 
 
-def cost(lengths: np.ndarray, batches: list[np.ndarray]) -> int:
-    return sum(int(lengths[batch].max()) * len(batch) + predictions.START_TOKENS for batch in batches)
+def cost(lengths: np.ndarray, batches: list[np.ndarray], start: int) -> int:
+    return sum(int(lengths[batch].max()) * len(batch) + start for batch in batches)
 
 
 def test_rows_are_split_where_padding_costs_more_than_a_forward():
-    assert [len(batch) for batch in by_length(np.full(100, 50))] == [100]
+    batching = Batching(start=256)
+    assert [len(batch) for batch in batching.split(np.full(100, 50))] == [100]
     lengths = np.array([100, 10_000, 110, 9_990])
-    assert [sorted(batch.tolist()) for batch in by_length(lengths)] == [[1, 3], [0, 2]]
-    assert [len(batch) for batch in by_length(np.full(10, 50), most=200)] == [4, 3, 3]
-    assert [len(batch) for batch in by_length(np.array([500, 500]), most=200)] == [1, 1]  # a row is never cut
-    assert list(by_length(np.zeros(0, np.int64))) == []
+    assert [sorted(batch.tolist()) for batch in batching.split(lengths)] == [[1, 3], [0, 2]]
+    assert [len(batch) for batch in Batching(256, most=200).split(np.full(10, 50))] == [4, 3, 3]
+    assert [len(batch) for batch in Batching(256, most=200).split(np.array([500, 500]))] == [1, 1]  # no row is cut
+    assert list(batching.split(np.zeros(0, np.int64))) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_batches_hold_every_row_once_and_cost_no_more_than_one_batch(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(10, 10 ** rng.integers(2, 4), size=int(rng.integers(1, 60)))
-    batches = list(by_length(lengths))
+    start = int(rng.integers(500))
+    batches = list(Batching(start).split(lengths))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    assert cost(lengths, batches) <= cost(lengths, [np.arange(len(lengths))])
+    assert cost(lengths, batches, start) <= cost(lengths, [np.arange(len(lengths))], start)
 
 
 def test_positions_are_those_of_nonzero():
@@ -64,13 +67,13 @@ def test_positions_are_those_of_nonzero():
         assert torch.equal(positions(where, int(where.sum())), where.flatten().nonzero()[:, 0])
 
 
-@pytest.mark.parametrize(("name", "value"), [("START_TOKENS", 10**9), ("START_TOKENS", 0), ("CPU_TOKENS", 1)])
-def test_how_rows_are_batched_changes_no_token(monkeypatch, mixed_task, name, value):
+@pytest.mark.parametrize("batching", [Batching(10**9), Batching(0), Batching(0, most=1)], ids=str)
+def test_how_rows_are_batched_changes_no_token(mixed_task, batching):
     plain, decider = evaluate(envs(task=mixed_task), published_policy(), range(24)), published_policy()
-    monkeypatch.setattr(predictions, name, value)
     other = envs(task=mixed_task)
+    other.core.predictions.batching = batching
     assert outcome(evaluate(other, decider, range(24))) == outcome(plain)
-    assert (other.core.work.padding > 0) == (value == 10**9)
+    assert (other.core.work.padding > 0) == (batching.start > 0)
 
 
 def test_rounded_shapes_change_no_token(mixed_task):
@@ -211,6 +214,42 @@ def test_an_end_of_text_ends_an_episode_once_nothing_before_it_is_masked():
 def test_wrong_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         envs(1, **{name: value})
+
+
+# ---- keys and values that are kept ----
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_a_cache_computes_fewer_tokens_and_ends_every_episode(kind, mixed_task):
+    plain, cached = (envs(3, task=mixed_task, block_length=8, cache=cache) for cache in ("none", kind))
+    expected = evaluate(plain, TopK(2), range(8))
+    results = evaluate(cached, TopK(2), range(8))
+    assert torch.equal(results.nfe, expected.nfe)  # two positions a step, whatever they hold
+    assert cached.core.work.tokens < 0.8 * plain.core.work.tokens
+    assert cached.core.bytes_per_lane > plain.core.bytes_per_lane
+    alone = evaluate(envs(1, task=mixed_task, block_length=8, cache=kind), TopK(2), range(8))
+    assert outcome(alone) == outcome(results)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_the_first_step_of_a_block_is_exact_with_a_cache(kind):
+    plain, cached = (envs(2, task="arithmetic", block_length=12, cache=cache) for cache in ("none", kind))
+    for env in (plain, cached):
+        env.reset(seed=0)
+    for _ in range(3):
+        legal = plain.core.legal(plain.core.mask)
+        (one, *_), (other, *_) = (env.step(legal) for env in (plain, cached))  # a whole block at once
+        torch.testing.assert_close(one["confidence"], other["confidence"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_keeps_what_it_does_not_predict_again():
+    env = envs(1, task="arithmetic", block_length=12, cache="dual", hidden=True)
+    before, _ = env.reset(seed=0)
+    after, *_ = env.step(torch.nn.functional.pad(torch.ones(1, 1), (0, 47)))
+    active = torch.arange(48) < 12
+    for name in ("confidence", "hidden"):
+        assert torch.equal(after[name][:, ~active], before[name][:, ~active])
+        assert not torch.equal(after[name][:, active], before[name][:, active])
 
 
 # ---- grading ----

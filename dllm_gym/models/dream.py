@@ -12,11 +12,14 @@ from torch.nn.functional import pad
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from dllm_gym.models.base import DLLM
+from dllm_gym.models.cache import View
 from dllm_gym.models.checkpoint import Checkpoint
 from dllm_gym.models.qwen import two_way_config
 
 
 class DreamDLLM(DLLM):
+    view = View(shift=1)
+
     def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         hidden = super()._hidden(tokens, attention_mask)
         shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], 1)  # (B, T, d)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from dllm_gym.models.base import DLLM, positions_of
+from dllm_gym.models.cache import View
 from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
 
 BLOCK = 32  # the length that the checkpoints were trained with; their configs do not say it
@@ -61,6 +62,8 @@ NAMES = {
 
 
 class BlockCausalDLLM(DLLM):
+    view = View(block=BLOCK)
+
     def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         attend = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
         positions = positions_of(attend)
