@@ -21,9 +21,13 @@ Row = dict[str, Any]  # one decider on one split: the columns of the table
 def evaluate_rows(
     env: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int]
 ) -> list[Row]:
-    """One row per decider, in order: each is evaluated on the same examples, once per seed."""
+    """One row per decider, in order: each is evaluated on the same examples, once per seed.
+
+    A decider that has an ``alpha`` is evaluated with it, in an environment with a range of alphas.
+    """
     return [
-        summary(name, [evaluate(env, decider, examples, seed) for seed in seeds]) for name, decider in deciders.items()
+        summary(name, [evaluate(env, decider, examples, seed, getattr(decider, "alpha", None)) for seed in seeds])
+        for name, decider in deciders.items()
     ]
 
 

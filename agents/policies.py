@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_ADDED = {"candidates": None}  # settings younger than some stored policies, with what those meant
+_ADDED = {"candidates": None, "preference": False}  # settings younger than some stored policies, with what those meant
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 _CARD = """---
 {{ card_data }}
@@ -63,7 +63,7 @@ class Policy(
         top_k: confidences per position that it reads; hidden_size: width of the hidden states that it reads (0: none).
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("confidence", "mask", "time")
+    reads: tuple[str, ...] = ("confidence", "mask", "time")
     head: nn.Linear
 
     def __init__(self, *, candidates: int | None, **settings: Any):
@@ -96,7 +96,9 @@ class Policy(
         present = observation.keys()  # a TensorDict knows no `in`
         missing = [key for key in self.in_keys if key not in present]
         if missing:
-            how = ": build the environment with hidden=True" if "hidden" in missing else ""
+            settings = {"hidden": "hidden=True", "preference": "alpha=[low, high]"}
+            needed = [settings[key] for key in missing if key in settings]
+            how = f": build the environment with {' and '.join(needed)}" if needed else ""
             raise ValueError(f"{type(self).__name__} reads {', '.join(missing)}, which the observation lacks{how}")
         return tuple(observation[key] for key in self.in_keys)
 
@@ -202,8 +204,8 @@ class Policy(
             raise ValueError(f"{path.parent} is not a saved policy: cannot read {path.name} ({error})") from error
         if not isinstance(config, dict) or config.pop("policy", None) != cls.__name__:
             raise ValueError(f"{path} does not describe a {cls.__name__}")
-        config = {**_ADDED, **config}
         expected = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        config = {**{name: value for name, value in _ADDED.items() if name in expected}, **config}
         if set(config) != expected:
             missing, unknown = sorted(expected - set(config)), sorted(set(config) - expected)
             raise ValueError(f"{path}: missing settings {missing}, unknown settings {unknown}")
@@ -258,6 +260,8 @@ class DiTConfidence(Policy):
         absolute_positions: also add an embedding of the position to the input. Rotary attention alone (LUP) starts
             blind to position, because the block starts as the identity: equally confident positions then begin with
             equal logits, and only chance tells them apart.
+        preference: also read the ``preference`` of an environment with a range of alphas: one network for the whole
+            front, whose speed is a knob at decoding time. It is embedded and added as the time is.
         candidates: see ``Policy``.
 
     Raises:
@@ -274,10 +278,13 @@ class DiTConfidence(Policy):
         output_bias: float = -2.0,
         time_period: float = 0.01,
         absolute_positions: bool = False,
+        preference: bool = False,
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
         _check_positive(ffn=ffn, top_k=top_k, time_period=time_period)
+        if preference:
+            self.reads = (*type(self).reads, "preference")
         super().__init__(
             width=width,
             ffn=ffn,
@@ -286,24 +293,29 @@ class DiTConfidence(Policy):
             output_bias=output_bias,
             time_period=time_period,
             absolute_positions=absolute_positions,
+            preference=preference,
             candidates=candidates,
         )
         self.time_period = time_period
         self.input = nn.Linear(top_k, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
+        self.preference_mlp = _time_mlp(width) if preference else None
         self.place = nn.Linear(width, width) if absolute_positions else None
         self.block = DiTBlock(width, ffn, heads)
         self.final_norm = nn.LayerNorm(width)
         self.head = smart_head(width, output_bias)
 
-    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor) -> Tensor:
+    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor, *preference: Tensor) -> Tensor:
         dtype = self.head.weight.dtype
         x = self.input(confidence[..., : self.top_k].to(dtype))  # (B, L, d)
         if self.place is not None:
             position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
             x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(dtype))
         condition = _condition(self.time_mlp, self.mask_embedding, sinusoid(time, x.shape[-1], self.time_period))
+        if self.preference_mlp is not None:
+            wish = sinusoid(preference[0], x.shape[-1], self.time_period).to(dtype)
+            condition = condition + self.preference_mlp(wish)[:, None]
         return self.final_norm(self.block(x, condition, mask[..., None] != 0))
 
 
@@ -602,6 +614,7 @@ class PolicyDecider:
         distribution_class: what its logits mean.
         temperature: divides the logits, > 0.
         greedy: take the distribution's ``deterministic_sample`` and ignore the noise.
+        alpha: the speed weight that evaluations ask for, where the environment has a range of them.
     """
 
     def __init__(
@@ -610,8 +623,9 @@ class PolicyDecider:
         distribution_class: type[UnmaskDistribution],
         temperature: float = 1.0,
         greedy: bool = False,
+        alpha: float | None = None,
     ):
-        self.policy, self.distribution_class = policy, distribution_class
+        self.policy, self.distribution_class, self.alpha = policy, distribution_class, alpha
         self.temperature, self.greedy = check_temperature(temperature), greedy
 
     @property

@@ -54,13 +54,16 @@ class Step:
     noise: Tensor  # float32 [B, L]
 
 
-def evaluate(env: DLLMUnmaskVectorEnv, decider: Decider, examples: Sequence[int], seed: int = 0) -> Results:
-    """Decode ``examples`` with a heuristic or a policy.
+def evaluate(
+    env: DLLMUnmaskVectorEnv, decider: Decider, examples: Sequence[int], seed: int = 0, alpha: float | None = None
+) -> Results:
+    """Decode ``examples`` with a heuristic or a policy; ``alpha`` sets the knob of an environment with a range of them.
 
     An episode's result depends on its place in ``examples`` and on ``seed`` (where draws are involved at all), not on
     the number of lanes nor on its company.
     """
-    return _play(env, lambda step: decider(step.observation, step.noise), examples, seed)
+    alphas = None if alpha is None else [alpha] * len(examples)
+    return _play(env, lambda step: decider(step.observation, step.noise), examples, seed, alphas)
 
 
 class Player(Protocol):
@@ -75,11 +78,14 @@ def rollout(
     examples: Sequence[int],
     seed: int = 0,
     observes: Sequence[str] | None = None,
+    *,
+    alphas: Sequence[float] | None = None,
 ) -> tuple[TensorDict, Results]:
     """Decode ``examples`` with a policy (or an expert) and record every step; a group is an example listed repeatedly.
 
     Args:
         observes: observation entries to record; None: all.
+        alphas: one per episode, for an environment with a range of them.
 
     Returns:
         A TensorDict [E, T] with these entries, ``action`` [E, T, L] (ranks where the distribution is ordered),
@@ -99,7 +105,7 @@ def rollout(
             store[name][step.episode, step.time] = value[step.lanes]
         return action
 
-    results = _play(env, decide_and_record, examples, seed)
+    results = _play(env, decide_and_record, examples, seed, alphas)
     longest = int(results.nfe.max())
     return TensorDict({name: value[:, :longest] for name, value in store.items()}, (shape[0], longest)), results
 
@@ -142,18 +148,32 @@ def play_groups(
     seed: int,
     observes: Sequence[str] | None = None,
 ) -> Episodes:
-    """Let every player decode every prompt as often as it is listed with; group i holds all episodes of prompt i."""
+    """Let every player decode every prompt as often as it is listed with; group i holds all episodes of prompt i.
+
+    Where the environment has a range of alphas, a group has one of them, and all groups together cover the range.
+    """
     parts = []
+    alphas = None
+    if env.core.alphas is not None:
+        rng, count = np.random.default_rng([seed, len(players)]), len(prompts)
+        alphas = env.core.alphas.alpha((rng.permutation(count) + rng.random(count)) / count)
     for number, (player, count) in enumerate(players):
         own_seed = int(np.random.default_rng([seed, number]).integers(1 << 31))
-        batch, results = rollout(env, player, np.repeat(prompts, count), own_seed, observes)
+        own_alphas = None if alphas is None else np.repeat(alphas, count).tolist()
+        batch, results = rollout(env, player, np.repeat(prompts, count), own_seed, observes, alphas=own_alphas)
         batch["expert"] = torch.full(batch.shape, number > 0, device=env.device)
         group = torch.arange(len(prompts), device=env.device).repeat_interleave(count)
         parts.append(Episodes(batch, results.reward, group, [results] if number == 0 else []))
     return join(parts)
 
 
-def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: Sequence[int], seed: int) -> Results:
+def _play(
+    env: DLLMUnmaskVectorEnv,
+    decide: Callable[[Step], Tensor],
+    examples: Sequence[int],
+    seed: int,
+    alphas: Sequence[float] | None,
+) -> Results:
     """Run one episode per entry of ``examples``, refilling lanes as they finish."""
     if env.autoreset_mode is not AutoresetMode.SAME_STEP:
         raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
@@ -165,7 +185,9 @@ def _play(env: DLLMUnmaskVectorEnv, decide: Callable[[Step], Tensor], examples: 
     # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
     start = int(np.random.default_rng(seed).integers(1 << 62))
     first = chosen[:B] + [EMPTY] * (B - E)
-    observation, _ = env.reset(seed=start, options={"examples": first, "queue": chosen[B:]})
+    if alphas is not None:  # lanes without an episode have none of their own
+        alphas = [*alphas[:B], *[alphas[0]] * (B - E), *alphas[B:]]
+    observation, _ = env.reset(seed=start, options={"examples": first, "queue": chosen[B:], "alpha": alphas})
     streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
     episode = np.where(np.arange(B) < E, np.arange(B), EMPTY)  # which episode each lane works on
     time = torch.zeros(B, dtype=torch.int64, device=device)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dllm_gym.rewards import AlphaRange
+
 EMPTY = -1  # in place of an example: the lane holds no episode
 
 
@@ -23,6 +25,26 @@ def check_example(index: Any, count: int, least: int = 0) -> int:
     return int(index)
 
 
+def check_alphas(options: Mapping[str, Any], alphas: AlphaRange | None, count: int) -> list[float] | None:
+    """``options["alpha"]``: one per episode that is started or queued, ``count`` in all; a number counts for all.
+
+    Raises:
+        ValueError: the environment has no range of alphas, or one of these lies outside of it.
+    """
+    chosen = options.get("alpha")
+    if chosen is None:
+        return None
+    if alphas is None:
+        raise ValueError(f"options['alpha']={chosen!r}: make the environment with a range, alpha=[low, high]")
+    chosen = [float(a) for a in (chosen if np.ndim(chosen) else [chosen] * count)]
+    if len(chosen) != count or not all(alphas.low <= a <= alphas.high for a in chosen):
+        raise ValueError(
+            f"options['alpha']={options['alpha']!r}: need a number from {alphas.low:g} to {alphas.high:g}, or "
+            f"{count} of them, for the lanes and then for the queue"
+        )
+    return chosen
+
+
 class Dealer:
     """Deals examples to lanes.
 
@@ -31,11 +53,12 @@ class Dealer:
     seed + i, whichever lane takes it.
 
     Args:
-        lanes: number of lanes. count: number of examples in the split.
+        lanes: number of lanes. count: number of examples in the split. alphas: of the environment.
     """
 
-    def __init__(self, lanes: int, count: int):
-        self.lanes, self.count = lanes, count
+    def __init__(self, lanes: int, count: int, alphas: AlphaRange | None = None):
+        self.lanes, self.count, self.alphas = lanes, count, alphas
+        self.queued_alphas: deque[float] | None = None  # None: every episode draws its own
         self.queue: deque[int] | None = None
         self.generators = [np.random.default_rng() for _ in range(lanes)]
         self.base: int | None = None  # the seed of a reset that has not opened yet
@@ -57,12 +80,12 @@ class Dealer:
         if lanes is None:
             self.base = seed[0]
 
-    def open(self, options: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Examples and keys of the first episode of every lane.
+    def open(self, options: Mapping[str, Any]) -> tuple[list[int], list[int], list[float] | None]:
+        """Examples, keys and (if they are chosen) alphas of the first episode of every lane.
 
         Args:
-            options: of reset; ``examples`` (one index per lane, EMPTY for none) and ``queue`` (indices of further
-                examples: lanes that finish take the next one, and stay empty when none is left).
+            options: of reset; ``examples`` (one index per lane, EMPTY for none), ``queue`` (indices of further
+                examples: lanes that finish take the next one, and stay empty when none is left) and ``alpha``.
         """
         chosen = self.chosen(options)
         queue = options.get("queue")
@@ -74,7 +97,9 @@ class Dealer:
             self.base = int(self.generators[0].integers(1 << 31))
         self.queue_base, self.base = self.base, None
         dealt = [draw(generator, self.count) for generator in self.generators]
-        return chosen or [example for example, _ in dealt], [key for _, key in dealt]
+        alphas = check_alphas(options, self.alphas, self.lanes + len(self.queue or ()))
+        self.queued_alphas = deque(alphas[self.lanes :]) if alphas and self.queue is not None else None
+        return chosen or [example for example, _ in dealt], [key for _, key in dealt], alphas and alphas[: self.lanes]
 
     def chosen(self, options: Mapping[str, Any]) -> list[int] | None:
         """``options["examples"]``, checked: one index per lane, EMPTY for none."""
@@ -84,6 +109,12 @@ class Dealer:
         if np.ndim(examples) != 1 or len(examples) != self.lanes:
             raise ValueError(f"options['examples']={examples!r}: need a sequence of {self.lanes} indices")
         return [check_example(e, self.count, least=EMPTY) for e in examples]
+
+    def deal_alphas(self, count: int) -> list[float] | None:
+        """The chosen alphas of the next ``count`` episodes from the queue; None if they draw their own."""
+        if self.queued_alphas is None or self.alphas is None:
+            return None
+        return [self.queued_alphas.popleft() if self.queued_alphas else self.alphas.low for _ in range(count)]
 
     def deal(self, lane: int) -> tuple[int, int]:
         """The next example and key for a lane that has finished."""

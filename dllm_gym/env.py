@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.spaces import MultiBinary
 
 from dllm_gym import render
-from dllm_gym.dealer import check_example, draw
+from dllm_gym.dealer import check_alphas, check_example, draw
 from dllm_gym.unmasking import EnvConfig, Unmasking
 from dllm_gym.vector_env import FRAME_WRITERS, check_action, check_options, check_render_mode, observation_space
 
@@ -57,6 +57,11 @@ class DLLMUnmaskEnv(gym.Env):
       episode, the last H of them, newest first (KLASS, arXiv 2511.05664). +inf where the episode has had fewer steps,
       0 for a step that unmasked nothing; committed positions read 0. It keeps L * V * 4 bytes per lane.
     - ``hidden`` float32 [L, d] (``hidden=True``): the dLLM's last hidden states.
+    - ``preference`` float32 [1] (``alpha=[low, high]``): where in the range the episode's alpha lies, on a logarithmic
+      scale: 0 is low (quality counts), 1 is high (speed counts). Every episode draws its own, unless
+      ``reset(options={"alpha": ...})`` chooses it.
+
+    With ``lookahead=False`` masked positions that may not be unmasked now read 0 in all of these but ``hidden``.
 
     ``confidence``, ``entropy``, ``margin`` and ``kl`` describe the untempered distribution, in which tokens that are
     never proposed (the mask, padding) have no probability; they are computed in float32.
@@ -77,8 +82,9 @@ class DLLMUnmaskEnv(gym.Env):
     ``score`` and ``example`` (its index in the split). The text is read with :meth:`last_completion`.
 
     ## Arguments
-    The fields of :class:`~dllm_gym.unmasking.EnvConfig` (``model, task, split, gen_length, block_length, top_k,
-    temperature, reward, alpha, max_episode_steps, hidden, entropy, margin, kl, device, dtype``) and ``render_mode``.
+    The fields of :class:`~dllm_gym.unmasking.EnvConfig` (``model, task, split, gen_length, max_prompt_length,
+    block_length, top_k, temperature, reward, alpha, max_episode_steps, stop_at_eos, lookahead, cache, hidden, entropy,
+    margin, kl, device, dtype``) and ``render_mode``.
     ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
     ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
     the process.
@@ -103,14 +109,16 @@ class DLLMUnmaskEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start an episode; ``options["examples"]`` chooses the example by its index in the split."""
+        """Start an episode; ``options["examples"]`` chooses the example by its index in the split, ``options["alpha"]``
+        the speed weight where there is a range of them."""
         super().reset(seed=seed)
         example, key = draw(self.np_random, len(self.core.examples))
-        chosen = check_options(options, ("examples",)).get("examples")
+        options = check_options(options, ("examples", "alpha"))
+        chosen = options.get("examples")
         if chosen is not None:
             chosen = chosen[0] if np.ndim(chosen) == 1 and len(chosen) == 1 else chosen  # [i] means the same as i
             example = check_example(chosen, len(self.core.examples))
-        self.core.place([0], [example], [key])
+        self.core.place([0], [example], [key], check_alphas(options, self.core.alphas, 1))
         self._over = False
         self.core.predict()
         self._watch()
@@ -137,6 +145,8 @@ class DLLMUnmaskEnv(gym.Env):
                 "score": float(outcome.score[0]),
                 "example": int(outcome.example[0]),
             }
+            if self.core.alphas is not None:
+                info["episode"]["alpha"] = float(outcome.alpha[0])
         self.core.predict()
         self._watch()
         terminated, truncated = bool(outcome.terminated[0]), bool(outcome.truncated[0])

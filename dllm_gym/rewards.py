@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 Reward = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def _check_alpha(alpha: float) -> None:
+def _check_alpha(alpha: float | Tensor) -> None:
+    if isinstance(alpha, Tensor):
+        return  # one per episode, drawn from a range that has been checked
     if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha!r} is not a speed weight: need a finite number >= 0")
 
@@ -20,13 +24,13 @@ class Multiplicative:
     """score * ((L - min(T, L) + 1) / L) ** alpha, the main reward of *Learning Unmasking Policies*.
 
     A wrong answer earns nothing however fast; alpha = 0 is plain correctness. Called with the score float32 [n] in
-    [0, 1], the number of steps T int64 [n] (NFE) and L; returns float32 [n].
+    [0, 1], the number of steps T int64 [n] (NFE) and L; returns float32 [n]. ``alpha`` may be float64 [n], too.
 
     Raises:
         ValueError: alpha is negative or not finite.
     """
 
-    alpha: float = 1.0
+    alpha: float | Tensor = 1.0
 
     def __post_init__(self):
         _check_alpha(self.alpha)
@@ -45,20 +49,56 @@ class Additive:
         ValueError: alpha is negative or not finite.
     """
 
-    alpha: float = 1.0
+    alpha: float | Tensor = 1.0
 
     def __post_init__(self):
         _check_alpha(self.alpha)
 
     def __call__(self, score: Tensor, steps: Tensor, length: int) -> Tensor:
-        return score - self.alpha * steps / length
+        return (score - self.alpha * steps / length).float()
 
 
-REWARDS: dict[str, Callable[[float], Reward]] = {"multiplicative": Multiplicative, "additive": Additive}
+REWARDS: dict[str, Callable[[Any], Reward]] = {"multiplicative": Multiplicative, "additive": Additive}
 
 
-def make_reward(reward: str | Reward, alpha: float) -> Reward:
-    """The reward of that name with that alpha; a callable is returned as it is.
+@dataclass(frozen=True)
+class AlphaRange:
+    """Speed weights from which every episode gets one; on a logarithmic scale their place in the range is a knob.
+
+    The *preference* of an alpha is log(alpha / low) / log(high / low), in [0, 1]: 0 asks for quality, 1 for speed.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, alpha: Any) -> AlphaRange | None:
+        """The range, if ``alpha`` is a pair [low, high]; None if it is a number.
+
+        Raises:
+            ValueError: it is a pair without 0 < low < high.
+        """
+        if isinstance(alpha, int | float):
+            return None
+        try:
+            low, high = (float(end) for end in alpha)
+        except (TypeError, ValueError):
+            raise ValueError(f"alpha={alpha!r} is not a speed weight: give a number >= 0, or [low, high]") from None
+        if not 0 < low < high < float("inf"):
+            raise ValueError(f"alpha={alpha!r} is no range of speed weights: need 0 < low < high, both finite")
+        return cls(low, high)
+
+    def preference(self, alpha: Tensor) -> Tensor:
+        """Float64 [n] in [0, 1] of alphas float64 [n]."""
+        return ((alpha / self.low).log() / math.log(self.high / self.low)).clamp(0, 1)
+
+    def alpha(self, preference: Any) -> Any:
+        """What has that preference: the inverse."""
+        return self.low * (self.high / self.low) ** preference
+
+
+def make_reward(reward: str | Reward, alpha: float | Tensor) -> Reward:
+    """The reward of that name with that alpha (or one per episode); a callable is returned as it is.
 
     Raises:
         ValueError: no reward of that name, or alpha < 0.

@@ -56,6 +56,8 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
             entries["margin"] = Bounded(0, 1, shape=(N, L), dtype=torch.float32)
         if self.core.predictions.drift is not None:
             entries["kl"] = Unbounded(shape=self.core.predictions.drift.kl.shape, dtype=torch.float32)
+        if self.core.alphas is not None:
+            entries["preference"] = Bounded(0, 1, shape=(N, 1), dtype=torch.float32)
         if self.core.sampling.hidden:
             entries["hidden"] = Unbounded(shape=(N, L, self.core.dllm.hidden_size), dtype=torch.float32)
         self.observation_spec = Composite(entries, shape=(N,), device=self.device)

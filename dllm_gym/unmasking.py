@@ -9,7 +9,7 @@ a lane's tokens do not depend on its company. The faces (:mod:`~dllm_gym.env`, :
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from threading import Thread
@@ -22,10 +22,10 @@ from torch import Tensor
 from dllm_gym.batches import upload
 from dllm_gym.dealer import EMPTY
 from dllm_gym.models import DLLM, Sampling, load_dllm
-from dllm_gym.noise import fold
+from dllm_gym.noise import fold, uniform
 from dllm_gym.predictions import Predictions, Rows, Work
 from dllm_gym.render import END, Frame
-from dllm_gym.rewards import Reward, make_reward
+from dllm_gym.rewards import AlphaRange, Reward, make_reward
 from dllm_gym.tasks import Task, make_task
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class EnvConfig:
         top_k: K, how many of the largest probabilities are observed per position.
         temperature: of the proposed tokens; 0 is greedy.
         reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward.
-        alpha: weight of speed in the reward, >= 0.
+        alpha: weight of speed in the reward, >= 0; or a range [low, high] with 0 < low. Then every episode has an alpha
+            of its own (drawn log-uniformly, or chosen at reset), and observes where in the range it lies as its
+            ``preference``.
         max_episode_steps: truncate after this many steps; L by default.
         stop_at_eos: end an episode once an end-of-text token is committed and nothing before it is masked. The answer
             is the same, as nothing after that token belongs to it; NFE are fewer, so results are not comparable with
@@ -76,7 +78,7 @@ class EnvConfig:
     top_k: int = 1
     temperature: float = 0.0
     reward: str | Reward = "multiplicative"
-    alpha: float = 1.0
+    alpha: float | Sequence[float] = 1.0
     max_episode_steps: int | None = None
     stop_at_eos: bool = False
     lookahead: bool = True
@@ -106,6 +108,7 @@ class Ended:
     truncated: np.ndarray
     steps: np.ndarray
     example: np.ndarray
+    alpha: np.ndarray
     grades: Future[list[float]] | None
 
 
@@ -118,6 +121,7 @@ class Outcome:
         reward, score: float32 [B], 0 where no episode ended.
         nfe: int64 [B], steps of the episode so far.
         example: int64 [B], index of the example in its split.
+        alpha: float64 [B], of the episode, where the environment has a range of alphas.
     """
 
     terminated: np.ndarray
@@ -126,6 +130,7 @@ class Outcome:
     score: np.ndarray
     nfe: np.ndarray
     example: np.ndarray
+    alpha: np.ndarray
 
     @property
     def done(self) -> np.ndarray:
@@ -164,6 +169,8 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+ALPHA = 1 << 40  # the place in an episode's random stream from which its alpha is drawn; no step comes there
+
 # What a committed position reads in the optional observation entries.
 COMMITTED = {"entropy": 0.0, "margin": 1.0, "kl": 0.0}
 
@@ -186,7 +193,11 @@ class Unmasking:
 
     def __init__(self, num_lanes: int, config: EnvConfig):
         self.B = positive("num_envs", num_lanes)
-        self.reward = make_reward(config.reward, config.alpha)
+        self.alphas = AlphaRange.of(config.alpha)
+        if self.alphas is not None and callable(config.reward):
+            raise ValueError(f"alpha={config.alpha!r}: a reward of your own is called without an alpha, give a number")
+        alpha: Any = config.alpha if self.alphas is None else self.alphas.low
+        self.reward_name, self.reward = config.reward, make_reward(config.reward, alpha)
         self.task = make_task(config.task)
         self.L = positive("gen_length", default(config.gen_length, self.task.gen_length))
         self.block_length = positive("block_length", default(config.block_length, self.L))
@@ -238,6 +249,8 @@ class Unmasking:
         self.first_mask = np.zeros(B, np.int64)  # and where the first one is
         self.steps = torch.zeros(B, dtype=torch.int64, device=device)
         self.key = torch.zeros(B, dtype=torch.int64, device=device)
+        self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
+        self.preference = torch.zeros(B, device=device)
         self.fresh = torch.zeros(B, L, dtype=torch.bool, device=device)  # committed by the last step
         self.block = torch.arange(L, device=device) // self.block_length
         self.committed = torch.eye(1, self.sampling.top_k, device=device)[0]  # confidence at a committed position
@@ -309,19 +322,24 @@ class Unmasking:
             observation[name] = entry(value, COMMITTED[name])  # (B, L)
         if said.drift is not None:
             observation["kl"] = entry(said.drift.kl, COMMITTED["kl"])  # (B, L, H)
+        if self.alphas is not None:
+            observation["preference"] = self.preference[:, None].clone()  # (B, 1)
         if said.hidden is not None:
             observation["hidden"] = said.hidden.clone()  # (B, L, d)
         return observation
 
     # ---- prompts in ----
 
-    def place(self, lanes: Iterable[int], examples: Iterable[int], keys: Iterable[int]) -> None:
+    def place(
+        self, lanes: Iterable[int], examples: Iterable[int], keys: Iterable[int], alphas: Iterable[float] | None = None
+    ) -> None:
         """Start episodes: write prompts and L masks into lanes.
 
         Args:
             lanes: which lanes.
             examples: index of each one's example; EMPTY leaves the lane without an episode.
-            keys: each one's random stream (for proposals at a temperature).
+            keys: each one's random stream (for proposals at a temperature, and an alpha from the range).
+            alphas: each one's speed weight, where there is a range of them; None draws them.
         """
         chosen, index = np.asarray(list(lanes), np.int64), np.asarray(list(examples), np.int64)
         prompts = [self._prompt(i) for i in index]
@@ -333,7 +351,14 @@ class Unmasking:
             self.prompts[lane] = prompt
         where = upload(chosen, self.tokens.device)
         self.tokens[where] = upload(rows, self.tokens.device)
-        self.key[where] = upload(list(keys), self.tokens.device)
+        key = torch.tensor(list(keys))
+        self.key[where] = upload(key.numpy(), self.tokens.device)
+        if self.alphas is not None:
+            drawn = self.alphas.alpha(uniform(key, ALPHA, 1)[:, 0].double())
+            alpha = drawn if alphas is None else torch.tensor(list(alphas), dtype=torch.float64)
+            self.alpha[chosen] = alpha.numpy()
+            preference = self.alphas.preference(alpha).float()
+            self.preference[where] = upload(preference.numpy(), self.tokens.device)
         self.example[chosen] = index
         self.steps[where] = 0
         self.fresh[where] = False
@@ -459,7 +484,7 @@ class Unmasking:
         self.running[done] = False
         asked = [self.examples[example] for example in self.example[done]]
         grades = in_background(self.task.grade_all, asked, texts) if len(done) else None
-        return Ended(terminated, truncated, steps, self.example.copy(), grades)
+        return Ended(terminated, truncated, steps, self.example.copy(), self.alpha.copy(), grades)
 
     def settle(self) -> Outcome:
         """What the last :meth:`commit` did, rewards included; waits for the graders."""
@@ -469,11 +494,15 @@ class Unmasking:
         done = np.flatnonzero(ended.terminated | ended.truncated)
         if ended.grades is not None:
             score[done] = ended.grades.result()
-            reward[done] = self.reward(
-                torch.from_numpy(score[done]), torch.from_numpy(ended.steps[done]), self.L
-            ).numpy()
-        self.outcome = Outcome(ended.terminated, ended.truncated, reward, score, ended.steps, ended.example)
+            scores, steps = torch.from_numpy(score[done]), torch.from_numpy(ended.steps[done])
+            reward[done] = self._reward(ended.alpha[done])(scores, steps, self.L).numpy()
+        facts = (ended.terminated, ended.truncated, reward, score, ended.steps, ended.example, ended.alpha)
+        self.outcome = Outcome(*facts)
         return self.outcome
+
+    def _reward(self, alpha: np.ndarray) -> Reward:
+        """The reward of episodes with these alphas [n]."""
+        return self.reward if self.alphas is None else make_reward(self.reward_name, torch.from_numpy(alpha))
 
     # ---- for people ----
 

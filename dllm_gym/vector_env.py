@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_gym import render
 from dllm_gym.batches import upload
-from dllm_gym.dealer import Dealer
+from dllm_gym.dealer import Dealer, check_alphas
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking, positive
 
 FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
@@ -37,6 +37,8 @@ def observation_space(core: Unmasking) -> Dict:
         spaces["margin"] = Box(0.0, 1.0, (L,), np.float32)
     if core.predictions.drift is not None:
         spaces["kl"] = Box(0.0, np.inf, core.predictions.drift.kl.shape[1:], np.float32)
+    if core.alphas is not None:
+        spaces["preference"] = Box(0.0, 1.0, (1,), np.float32)
     if core.sampling.hidden:
         spaces["hidden"] = Box(-np.inf, np.inf, (L, core.dllm.hidden_size), np.float32)
     return Dict(spaces)
@@ -84,11 +86,13 @@ class DLLMUnmaskVectorEnv(VectorEnv):
     ``reset(options={"examples": [...]})`` gives every lane an example of the split (-1: none). With ``"queue"`` beside
     it, lanes that finish take the next index from there, the lowest lane first, and stay empty once it is used up: an
     empty lane has no legal position, no reward, no end, and costs no forward. Without a queue lanes draw at random.
+    Where the environment has a range of alphas, ``alpha`` chooses from it: a number for all, or one per lane followed
+    by one per item of the queue.
 
     ## Information
     Where ``info["_episode"]`` (bool [N]) is set an episode has ended, and ``info["episode"]`` holds ``r`` (reward,
-    float32 [N]), ``l`` (NFE, int64 [N]), ``score`` (float32 [N]) and ``example`` (int64 [N]). Texts are read with
-    :meth:`last_completions`.
+    float32 [N]), ``l`` (NFE, int64 [N]), ``score`` (float32 [N]) and ``example`` (int64 [N]), with a range of alphas
+    also ``alpha`` (float32 [N]). Texts are read with :meth:`last_completions`.
 
     Args:
         num_envs: N, the number of lanes.
@@ -122,7 +126,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         self.single_action_space = MultiBinary(self.core.L)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.dealer = Dealer(self.num_envs, len(self.core.examples))
+        self.dealer = Dealer(self.num_envs, len(self.core.examples), self.core.alphas)
         self._waiting: np.ndarray | None = None  # lanes whose episode is over (NEXT_STEP, DISABLED); None: never reset
 
     @property
@@ -137,13 +141,13 @@ class DLLMUnmaskVectorEnv(VectorEnv):
 
         Args:
             seed: lane i's generator starts from seed + i (or from seed[i]).
-            options: ``examples``, ``queue``, ``reset_mask``: see the class. With ``reset_mask`` a seed and examples
-                count for the lanes that it names.
+            options: ``examples``, ``queue``, ``alpha``, ``reset_mask``: see the class. With ``reset_mask`` a seed,
+                examples and alphas count for the lanes that it names.
 
         Raises:
             ValueError: an option is wrong. gymnasium.error.ResetNeeded: the first reset leaves lanes out.
         """
-        options = check_options(options, ("examples", "queue", "reset_mask"))
+        options = check_options(options, ("examples", "queue", "alpha", "reset_mask"))
         if "reset_mask" in options:
             self._waiting = self._reset_some(np.asarray(torch.as_tensor(options["reset_mask"]).cpu()), seed, options)
         else:
@@ -165,14 +169,16 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         lanes = np.flatnonzero(reset_mask)
         if seed is not None:
             self.dealer.seed(seed, lanes)
-        self._deal(lanes, self.dealer.chosen(options))
+        alphas = check_alphas(options, self.core.alphas, self.num_envs)
+        self._deal(lanes, self.dealer.chosen(options), alphas and [alphas[lane] for lane in lanes])
         return np.zeros(self.num_envs, bool) if self._waiting is None else self._waiting & ~reset_mask
 
-    def _deal(self, lanes: np.ndarray, chosen: list[int] | None = None) -> None:
+    def _deal(self, lanes: np.ndarray, chosen: list[int] | None = None, alphas: Sequence[float] | None = None) -> None:
         """Put the next (or the chosen) prompt into each of these lanes, the lowest lane first."""
         if len(lanes):
             examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
-            self.core.place(lanes, [chosen[lane] for lane in lanes] if chosen else examples, keys)
+            alphas = self.dealer.deal_alphas(len(lanes)) if alphas is None else alphas
+            self.core.place(lanes, [chosen[lane] for lane in lanes] if chosen else examples, keys, alphas)
 
     def step(self, actions: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         """Unmask the chosen positions in every lane.
@@ -222,6 +228,8 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             "score": outcome.score,
             "example": np.where(done, outcome.example, -1),
         }
+        if self.core.alphas is not None:
+            episode["alpha"] = np.where(done, outcome.alpha, 0).astype(np.float32)
         return {
             "episode": {name: self._to_device(value) for name, value in episode.items()},
             "_episode": self._to_device(done),

@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
         take_over(cfg, trained)
         if cfg.temperature is not None:
             trained.distribution.evaluate_temperature = cfg.temperature
-        deciders = {**policy_deciders(policy, trained.distribution), **deciders}
+        deciders = {**policy_deciders(policy, trained.distribution, cfg.evaluation.alphas), **deciders}
     run, device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy.to(device)

@@ -93,13 +93,15 @@ def heuristics(cfg: DictConfig) -> dict[str, Decider]:
     return named
 
 
-def policy_deciders(policy: Policy, distribution: DictConfig) -> dict[str, Decider]:
-    """The policy as it is evaluated: greedy and sampled."""
+def policy_deciders(policy: Policy, distribution: DictConfig, alphas: Iterable[float]) -> dict[str, Decider]:
+    """The policy as it is evaluated: greedy and sampled, and if it reads a preference with each of these alphas."""
     settings = hydra.utils.instantiate(distribution)
     temperature = settings.evaluate_temperature
+    knobs = {f", alpha={alpha:g}": alpha for alpha in alphas} if "preference" in policy.in_keys else {"": None}
     return {
-        f"policy({how})": PolicyDecider(policy, settings.evaluate, temperature, greedy=how == "greedy")
+        f"policy({how}{label})": PolicyDecider(policy, settings.evaluate, temperature, how == "greedy", alpha)
         for how in ("greedy", "sampled")
+        for label, alpha in knobs.items()
     }
 
 

@@ -180,7 +180,7 @@ def main(cfg: DictConfig) -> float:
     learner = make_learner(cfg, policy)
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
-    deciders = {**policy_deciders(policy, cfg.distribution), **heuristics(cfg)}
+    deciders = {**policy_deciders(policy, cfg.distribution, cfg.evaluation.alphas), **heuristics(cfg)}
     test_envs = make_evaluation_envs(cfg, device, deciders)
     for stale in run.glob("results.*"):  # of an earlier run in the same folder
         stale.unlink()

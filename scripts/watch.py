@@ -22,13 +22,15 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint)
         take_over(cfg, trained)
-        decider = policy_deciders(policy, trained.distribution)[f"policy({'greedy' if cfg.greedy else 'sampled'})"]
+        greedy, sampled = policy_deciders(policy, trained.distribution, [cfg.alpha]).values()
+        decider = greedy if cfg.greedy else sampled
     _, device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy.to(device)
     envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements([decider]))
     example = check_example(cfg.example, len(envs.core.examples))
-    observation, _ = envs.reset(seed=cfg.seed, options={"examples": [example]})
+    options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
+    observation, _ = envs.reset(seed=cfg.seed, options=options)
     viewer, frames, done = Viewer(fps=cfg.fps), [], False
     print(f"{decider} on example {example} of {cfg.split}\n")
     stream = fold(torch.full((1,), cfg.seed, dtype=torch.int64, device=device), 0)

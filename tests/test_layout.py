@@ -18,6 +18,7 @@ BASE = {"batches", "models", "tasks", "rewards", "noise", "render", "dealer", "p
 MAY_IMPORT = {
     "": set(),
     **dict.fromkeys(BASE, set()),
+    "dealer": {"rewards"},
     "models": {"batches", "noise", "prompt"},
     "tasks": {"prompt"},
     "predictions": {"batches", "models", "noise"},
