@@ -45,13 +45,12 @@ class Results:
 
 @dataclass
 class Step:
-    """One step of the lanes that hold an episode (n of them): which episode, its how-manieth step, what was seen."""
+    """One step of the n lanes that hold an episode: which episode, its how-manieth step, what is seen."""
 
-    lanes: Tensor  # int64 [n]
     episode: Tensor  # int64 [n]
     time: Tensor  # int64 [n]
-    observation: dict[str, Tensor]  # every lane, [B, ...]
-    noise: Tensor  # float32 [B, L]
+    observation: dict[str, Tensor]  # [n, ...]
+    noise: Tensor  # float32 [n, L]
 
 
 def evaluate(
@@ -102,7 +101,7 @@ def rollout(
         for name, value in seen.items():
             if name not in store:
                 store[name] = value.new_zeros((*shape, *value.shape[1:]))
-            store[name][step.episode, step.time] = value[step.lanes]
+            store[name][step.episode, step.time] = value
         return action
 
     results = _play(env, decide_and_record, examples, seed, alphas)
@@ -196,14 +195,14 @@ def _play(
     moved = True  # lanes have begun other episodes
     while (episode != EMPTY).any():
         if moved:
-            which = upload(episode, device)
-            lanes = upload(np.flatnonzero(episode != EMPTY), device)
-        noise = uniform(streams[which], time, core.L)
-        action = decide(Step(lanes, which[lanes], time[lanes], observation, noise))
-        chosen_any = (action.bool() & observation["action_mask"].bool()).any(1)
-        empty += (~chosen_any[lanes]).sum()
-        lane_steps, steps = lane_steps + B, steps + len(lanes)
-        observation, *_ = env.step(action)
+            busy = np.flatnonzero(episode != EMPTY)
+            lanes, which = upload(busy, device), upload(episode[busy], device)
+        if len(busy) < B:  # nobody has to decide for the others
+            observation = {name: value[lanes] for name, value in observation.items()}
+        decided = decide(Step(which, time[lanes], observation, uniform(streams[which], time[lanes], core.L)))
+        empty += (~(decided.bool() & observation["action_mask"].bool()).any(1)).sum()
+        lane_steps, steps = lane_steps + B, steps + len(busy)
+        observation, *_ = env.step(decided.new_zeros(B, core.L).index_copy_(0, lanes, decided))
         time += 1
         done = np.flatnonzero(core.outcome.done)
         moved = len(done) > 0

@@ -157,11 +157,29 @@ def test_plot_draws_results_again(trained, tmp_path):
 
 
 def test_benchmark_counts_what_it_says(tmp_path):
-    call("benchmark", tmp_path, "num_envs=[1,4]", "episodes=16", "repeats=1", "threads=1")
-    runs = json.loads((tmp_path / "benchmark.json").read_text())
-    for (figures,) in runs.values():
-        assert figures["row forwards/s"] == pytest.approx(figures["env steps/s"], rel=0.01)  # no step was wasted
-        assert 0 < figures["outside forward"] < 1
+    embedded = ["prompts=2", "group_size=2", "num_envs=4", "growth_rows=2", "caches=[dual]"]
+    llada = ["task.count=2", "group_size=2", "num_envs=2", "growth_rows=2", "lockstep_batches=null"]
+    llada += ["env.gen_length=8", "block_lengths=[4]", "model.embedding_size=60000", "model.d_model=16"]
+    llada += ["model.n_layers=1", "model.n_heads=2", "model.mlp_hidden_size=16"]
+    overrides = [f"workloads.embedded.{s}" for s in embedded]
+    overrides += [f"workloads.llada_48m.{s}" for s in llada]
+    rounds = ["prompts_per_round=2", "agent.group_size=4", "repeats=1", "threads=1"]
+    call("benchmark", tmp_path, "measure=[embedded,llada_48m]", *overrides, *rounds)
+    measured = json.loads((tmp_path / "benchmark.json").read_text())
+    for workload in measured.values():
+        for case in workload["cases"].values():
+            ours, plain = case["did"]["ours"], case["did"]["lockstep"]
+            assert ours["same tokens"] == ours["same NFE"] == 1
+            assert ours["row forwards"] < ours["NFE"] * 4 <= plain["row forwards"] + 1e-3
+            for ratio, values in case["ratios"].items():
+                over, under = ratio.split(" / ")
+                assert values == [a / b for a, b in zip(case["seconds"][over], case["seconds"][under], strict=True)]
+    assert "dual" in measured["embedded"]["cases"]["BL = 20, threshold"]["did"]
+    assert len(measured["embedded"]["training seconds"]) == 1 and "training seconds" not in measured["llada_48m"]
+    step = measured["llada_48m"]
+    assert step["peak bytes"]["full softmax"] > 5 * step["peak bytes"]["ours"]
+    assert step["growth"]["rows"]["peak memory"] == pytest.approx(1, abs=0.1)
+    assert step["growth"]["vocabulary"]["peak memory"] == pytest.approx(0, abs=0.1)
 
 
 @pytest.mark.parametrize(
