@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from agents.advantages import group_advantage
@@ -48,6 +49,7 @@ class Collector:
 
     Attributes:
         prompts_per_round, group_size: prompts, and episodes of the policy for each. seed: of all that is drawn.
+        equal_groups: of the last round's episodes, replaced ones included, the share in groups with equal rewards.
 
     Raises:
         ValueError: a count is not positive.
@@ -61,6 +63,7 @@ class Collector:
     max_batches: int = 1
 
     def __post_init__(self) -> None:
+        self.equal_groups = 0.0
         for name in ("prompts_per_round", "group_size", "max_batches"):
             positive(name, getattr(self, name))
 
@@ -68,6 +71,7 @@ class Collector:
         """The next round's episodes, played by the algorithm's players."""
         players = algorithm.players(policy, self.group_size)
         kept: list[Episodes] = []
+        teach: list[Tensor] = []
         for number in range(self.max_batches):
             missing = self.prompts_per_round - sum(len(part.group.unique()) for part in kept)
             if not missing:
@@ -75,7 +79,9 @@ class Collector:
             seed = int(np.random.default_rng([self.seed, self.prompts.taken]).integers(1 << 31))
             part = play_groups(self.envs, players, self.prompts.take(missing), seed, algorithm.observes)
             part = replace(part, group=part.group + number * self.prompts_per_round)
-            kept.append(part.keep(group_advantage(part.reward, part.group)[1]) if self.max_batches > 1 else part)
+            teach.append(group_advantage(part.reward, part.group)[1])
+            kept.append(part.keep(teach[-1]) if self.max_batches > 1 else part)
+        self.equal_groups = 1 - float(torch.cat(teach).float().mean())
         if not any(len(episodes.group) for episodes in kept):
             kept[-1] = part  # an algorithm learns from episodes, if only that nothing is to be learnt
         return join(kept)

@@ -133,7 +133,10 @@ def train(cfg: DictConfig, run: Path, envs: DLLMUnmaskVectorEnv, learner: Learne
             start = time.perf_counter()
             episodes = collector.collect(learner.algorithm, learner.player)
             update = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
-            metrics.log(round_, episodes.results, {**update, "seconds": time.perf_counter() - start})
+            seconds = time.perf_counter() - start
+            metrics.log(
+                round_, episodes.results, {**update, "equal_groups": collector.equal_groups, "seconds": seconds}
+            )
             bar.update()
             progress = {"rounds": round_ + 1, "prompts": prompts.taken}
             if progress["rounds"] % cfg.checkpoint_every == 0 or stop.asked:

@@ -1,0 +1,318 @@
+"""Reproduce the papers' claims on the embedded dLLM: heuristics, trained policies, transfer; a table, pictures, a page.
+
+    python scripts/reproduce.py
+    python scripts/reproduce.py experiment=quick
+
+Every job is a run of scripts/train.py or scripts/evaluate.py in its own folder. Whatever ends this script, the next
+call goes on: finished jobs are not done again, trainings continue from their checkpoints, and the table is the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from agents.claims import LEARNED, read_results, read_table, write_table
+from agents.evaluation import Row
+from agents.report import Evidence, read_training, write_page
+from agents.training import checkpoint_of
+from dllm_gym.unmasking import positive
+
+SCRIPTS = Path(__file__).parent
+LOG, SESSIONS = "log.txt", "sessions.csv"
+POLL = 0.2  # seconds between looks at the running jobs
+GRACE = 120  # seconds that an interrupted training gets to finish its round and save it
+
+
+@dataclass(eq=False)
+class Job:
+    """One run of a script in its own folder; done once its results are there.
+
+    Attributes:
+        name: for people; with a checksum of ``identity`` it names the run folder below ``root``.
+        script: ``"train"`` or ``"evaluate"``. settings: its overrides.
+        base: the training whose policy it begins with (train) or tries (evaluate).
+        labels: of its rows in the table; none: it has no rows.
+    """
+
+    name: str
+    script: str
+    settings: list[str]
+    root: Path
+    base: Job | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the results depend on: not where they lie, nor how fast they come."""
+        return [self.script, *self.settings, self.base and self.base.identity]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self.name}-{zlib.crc32(json.dumps(self.identity).encode()):08x}"
+
+    def done(self) -> bool:
+        return (self.folder / "results.json").exists()  # appears last, and whole
+
+    def command(self) -> list[str]:
+        """A training that was broken off goes on from its checkpoint, with the settings that it has saved."""
+        command = [sys.executable, str(SCRIPTS / f"{self.script}.py"), f"hydra.run.dir={self.folder}", "threads=1"]
+        if self.script == "train" and has_checkpoint(self.folder):
+            return [*command, f"resume={self.folder}"]
+        setting = "agent.warm_start" if self.script == "train" else "checkpoint"
+        return [*command, *self.settings, *([f"{setting}={self.base.folder}"] if self.base else [])]
+
+    def start(self) -> subprocess.Popen | None:
+        """Run it. None while another process does, perhaps one whose session was killed: the child holds the lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock, (self.folder / LOG).open("a") as log:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if self.done():  # by now, by the one that held the lock
+                return None
+            return subprocess.Popen(
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # Ctrl-C is for this script, which passes it on
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+
+def has_checkpoint(run: Path) -> bool:
+    try:
+        return checkpoint_of(run).is_dir()
+    except ValueError:
+        return False
+
+
+# The plan
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is decoded: a task in an env, as it is or in one of the variants of cfg.variants."""
+
+    task: str
+    env: str
+    world: str | None = None
+
+    def settings(self, cfg: DictConfig) -> list[str]:
+        own = [f"task={self.task}", f"env={self.env}", *cfg.worlds[self.task][self.env]]
+        return own + list(cfg.variants[self.world][self.task]) if self.world else own
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.task, self.env, self.world)))
+
+
+def plan(cfg: DictConfig) -> list[Job]:
+    """Every job, in the order of the table; each stands behind the one that it builds on."""
+    positive("workers", cfg.workers)
+    if not set(cfg.transfer) <= set(LEARNED):
+        raise ValueError(f"transfer={cfg.transfer}: a list of {', '.join(LEARNED)}; [] for none")
+    jobs, policies = [], {}
+    for place in (Place(task, env) for task, env in product(cfg.tasks, cfg.envs)):
+        starts, policies[place] = trainings(cfg, place)
+        jobs += [*heuristics(cfg, place, cfg.grids), *starts, *policies[place]]
+        jobs += [evaluation(cfg, policy, place) for policy in policies[place]]
+    for place in policies if cfg.transfer else ():
+        variants = [Place(place.task, place.env, name) for name, tasks in cfg.variants.items() if tasks.get(place.task)]
+        others = [other for other in policies if other.env == place.env and other != place]
+        for variant in variants:
+            jobs += heuristics(cfg, variant, cfg.variant_grids)
+        moving = [policy for policy in policies[place] if policy.labels["family"] in cfg.transfer]
+        jobs += [evaluation(cfg, policy, target) for target in others + variants for policy in moving]
+    return jobs
+
+
+def heuristics(cfg: DictConfig, place: Place, grids: Sequence[str]) -> Iterator[Job]:
+    labels = {**asdict(place), "kind": "heuristic", "split": "test"}
+    for grid in grids:
+        settings = [*place.settings(cfg), *test_settings(cfg), f"heuristics={grid}"]
+        yield Job(f"heuristics-{place}-{grid}", "evaluate", settings, Path(cfg.folder), labels=labels)
+
+
+def test_settings(cfg: DictConfig) -> list[str]:
+    return ["evaluation.split=test", f"evaluation.examples={cfg.examples}", "evaluation.seeds=[42]"]
+
+
+def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
+    """The trainings that others begin with, and those of the policies that count."""
+    own = cfg.training[place.task][place.env]
+    warm_start = list(cfg.warm_start[place.task][place.env])
+    recipes = [("policy", alpha, [f"reward.alpha={alpha}"]) for alpha in cfg.alphas]
+    if cfg.training.conditioned:
+        recipes.append(("conditioned", None, list(cfg.training.conditioned)))
+    starts, policies = [], []
+    for seed in cfg.seeds:
+        common, base = [*place.settings(cfg), *cfg.training.all, f"seed={seed}"], None
+        if warm_start:
+            settings = [*common, *warm_start]
+            base = Job(f"start-{place}-seed{seed}", "train", settings, Path(cfg.folder))
+            starts.append(base)
+        for family, alpha, chosen in recipes:
+            name = f"{family}-{place}-" + (f"alpha{alpha}-" if alpha is not None else "") + f"seed{seed}"
+            labels = {**asdict(place), "trained_on": place.task, "kind": family, "family": family, "alpha": alpha}
+            labels |= {"seed": seed, "split": "validation"}
+            policies.append(Job(name, "train", [*common, *own, *chosen], Path(cfg.folder), base, labels))
+    return starts, policies
+
+
+def evaluation(cfg: DictConfig, policy: Job, place: Place) -> Job:
+    """A trained policy on the test split of where it comes from, or of another place."""
+    home = (policy.labels["task"], policy.labels["env"], policy.labels["world"])
+    kind = policy.labels["kind"] if home == (place.task, place.env, place.world) else "transfer"
+    labels = {**policy.labels, **asdict(place), "kind": kind, "split": "test"}
+    settings = [*place.settings(cfg), *test_settings(cfg), "heuristics=none"]
+    return Job(f"test-{place}-of-{policy.name}", "evaluate", settings, policy.root, policy, labels)
+
+
+# Doing it
+
+
+def execute(jobs: Sequence[Job], workers: int, note: Callable[[Job], None] = lambda job: None) -> list[Job]:
+    """Do what is not done, ``workers`` jobs side by side, and ``note`` each that ended.
+
+    Returns:
+        Those that failed or build on one that did.
+    """
+    waiting = [job for job in jobs if not job.done()]
+    running: dict[Job, subprocess.Popen] = {}
+    failed: list[Job] = []
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="reproducing", unit="job") as bar:
+        try:
+            while waiting or running:
+                for job in [job for job, process in running.items() if process.poll() is not None]:
+                    del running[job]
+                    note(job)
+                    bar.update()
+                    failed += [] if job.done() else [job]
+                for job in list(waiting):
+                    if job.done() or job.base in failed:
+                        waiting.remove(job)
+                        bar.update()
+                        failed += [] if job.done() else [job]
+                    elif len(running) < workers and (job.base is None or job.base.done()) and (process := job.start()):
+                        waiting.remove(job)
+                        running[job] = process
+                bar.set_postfix_str(", ".join(job.name for job in running))
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            stop(running)
+            raise
+    return failed
+
+
+def stop(running: dict[Job, subprocess.Popen]) -> None:
+    """Let trainings save what they have, and end the rest."""
+    for job, process in running.items():
+        process.send_signal(signal.SIGINT if job.script == "train" else signal.SIGTERM)
+    tqdm.write("interrupted: waiting for the trainings to save their round")
+    for process in running.values():
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def session(cfg: DictConfig, jobs: Sequence[Job]) -> list[Job]:
+    """``execute``; every job that ends adds a line to sessions.csv: the session, the job, minutes since its start."""
+    start = time.time()
+
+    def note(job: Job) -> None:
+        with (Path(cfg.folder) / SESSIONS).open("a", newline="") as file:
+            csv.writer(file).writerow([f"{start:.0f}", job.name, f"{(time.time() - start) / 60:.2f}"])
+
+    return execute(jobs, cfg.workers, note)
+
+
+def session_minutes(folder: Path) -> list[float]:
+    """How long each session in which a job ended took, up to the last one that did."""
+    path = folder / SESSIONS
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [float(minutes) for minutes in {start: minutes for start, _, minutes in csv.reader(file)}.values()]
+
+
+# The report
+
+
+def tabulate(cfg: DictConfig, jobs: Sequence[Job]) -> list[Row]:
+    """The table of what is done, written and read again: the page is made of what the file says."""
+    done = [job for job in jobs if job.labels and job.done()]
+    rows = [row for job in done for row in read_results(job.folder, {**job.labels, "length": length(job.folder)})]
+    write_table(rows, Path(cfg.table))
+    return read_table(Path(cfg.table))
+
+
+def report(cfg: DictConfig, jobs: Sequence[Job]) -> None:
+    """The table, the page and its pictures."""
+    done = [job for job in jobs if job.done()]
+    evidence = Evidence(
+        rows=tabulate(cfg, jobs),
+        trainings=[read_training(job.folder, job.labels) for job in done if job.labels and job.script == "train"],
+        minutes=session_minutes(Path(cfg.folder)),
+        jobs=(len(done), len(jobs)),
+        quick=quick_version(Path(cfg.quick)),
+        notes=dict(cfg.notes),
+    )
+    write_page(evidence, Path(cfg.page))
+    print(f"written: {cfg.table}, {cfg.page}")
+
+
+def length(run: Path) -> int:
+    """L of a run."""
+    cfg = OmegaConf.load(run / "config.yaml")
+    return cfg.env.gen_length or hydra.utils.instantiate(cfg.task).gen_length
+
+
+def quick_version(folder: Path) -> tuple[list[Row], float] | None:
+    """Table and minutes of the quick version, if it was run."""
+    path = folder / "results.csv"
+    return (read_table(path), sum(session_minutes(folder))) if path.exists() else None
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="reproduce")
+def main(cfg: DictConfig) -> None:
+    jobs = plan(cfg)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = session(cfg, jobs) if cfg.run else []
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on")
+        sys.exit(130)
+    report(cfg, jobs)
+    for job in failed:
+        if job.base not in failed:
+            print(f"\nfailed: {job.folder}\n{tail(job.folder / LOG)}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main()
