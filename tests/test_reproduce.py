@@ -59,7 +59,8 @@ for i, name in enumerate(policies if settings["heuristics"] == "none" else rules
     numbers = {"accuracy": accuracy, "accuracy_low": accuracy - 0.01, "accuracy_high": min(1, accuracy + 0.01)}
     rows.append({"name": name, **numbers, "nfe": nfe, "nfe_low": nfe, "nfe_high": nfe, "reward": x, "examples": 9})
 (run / "config.yaml").write_text("env: {gen_length: 20}\\n")
-(run / "metrics.csv").write_text("round,reward,nfe,empty_steps,idle_lanes,equal_groups,seconds\\n0,.5,3,0,.25,.25,60\\n")
+columns = "round,reward,nfe,empty_steps,idle_lanes,equal_groups,seconds"
+(run / "metrics.csv").write_text(columns + "\\n0,.5,3,0,.25,.25,60\\n")
 (run / "results.json").write_text(json.dumps(rows))
 """
 
