@@ -67,8 +67,14 @@ def read_run(folder: Path, evaluated: str) -> Run:
 def measure(folder: Path, evaluated: str) -> dict[str, float]:
     """Accuracy, NFE and reward of a run's policy, and what its training took."""
     rows = json.loads((folder / "results.json").read_text())
-    names = [f"policy({how})" for how in ("greedy", "sampled") if evaluated in (how, "best")]
-    row = max((row for row in rows if row["name"] in names), key=lambda row: row["reward"])
+    row = max(
+        (
+            mean_of([row for row in rows if row["name"].startswith(f"policy({how}")])
+            for how in ("greedy", "sampled")
+            if evaluated in (how, "best")
+        ),
+        key=lambda row: row["reward"],
+    )
     with (folder / "metrics.csv").open(newline="") as file:
         rounds = list(csv.DictReader(file))
     total = {name: sum(float(r[name]) for r in rounds) for name in ("episodes", "row_forwards", "seconds")}
@@ -77,6 +83,11 @@ def measure(folder: Path, evaluated: str) -> dict[str, float]:
         **{name: total[name] for name in ("episodes", "row_forwards")},
         "minutes": total["seconds"] / 60,
     }
+
+
+def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One row, or the mean over the alphas that a policy was evaluated with."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in ("accuracy", "nfe", "reward")}
 
 
 @dataclass

@@ -19,6 +19,15 @@ _LIMIT = 1e30  # logits are clamped to it, so that infinite ones and sums over p
 _SMALL = -15.0  # below it log(1 + e^x) = e^x and 1 - exp(-e^x) = e^x to float32 precision
 
 
+def refuse_nan(logits: Tensor) -> None:
+    """Raises ValueError on a CPU; on another device the host does not wait, and the next transfer raises."""
+    message = "logits contain NaN: the policy diverged, or its observation was not finite"
+    if logits.device.type != "cpu":
+        torch._assert_async(~logits.isnan().any(), message)
+    elif logits.isnan().any():
+        raise ValueError(message)
+
+
 class UnmaskDistribution(Distribution):
     """Base of the distributions over unmask vectors.
 
@@ -45,8 +54,7 @@ class UnmaskDistribution(Distribution):
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} is not valid: it divides the logits and must be > 0")
         logits, legal = torch.broadcast_tensors(logits.float(), action_mask != 0)
-        if logits.isnan().any():
-            raise ValueError("logits contain NaN: the policy diverged, or its observation was not finite")
+        refuse_nan(logits)
         self.action_mask = legal
         self.logits = (logits / temperature).clamp(-_LIMIT, _LIMIT).masked_fill(~legal, _NEVER)  # (.., L)
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)

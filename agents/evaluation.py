@@ -23,12 +23,15 @@ def evaluate_rows(
 ) -> list[Row]:
     """One row per decider, in order: each is evaluated on the same examples, once per seed.
 
-    A decider that has an ``alpha`` is evaluated with it, in an environment with a range of alphas.
+    In an environment with a range of alphas a decider that has an ``alpha`` is paid by it, every other one by that in
+    the middle of the range.
     """
-    return [
-        summary(name, [evaluate(env, decider, examples, seed, getattr(decider, "alpha", None)) for seed in seeds])
-        for name, decider in deciders.items()
-    ]
+    middle = None if env.core.alphas is None else env.core.alphas.alpha(0.5)
+    rows = []
+    for name, decider in deciders.items():
+        alpha = getattr(decider, "alpha", None) or middle
+        rows.append(summary(name, [evaluate(env, decider, examples, seed, alpha) for seed in seeds]))
+    return rows
 
 
 def summary(name: str, results: Sequence[Results]) -> Row:

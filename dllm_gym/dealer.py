@@ -25,24 +25,29 @@ def check_example(index: Any, count: int, least: int = 0) -> int:
     return int(index)
 
 
-def check_alphas(options: Mapping[str, Any], alphas: AlphaRange | None, count: int) -> list[float] | None:
+def check_alphas(options: Mapping[str, Any], alphas: AlphaRange | None, count: int) -> list[float | None]:
     """``options["alpha"]``: one per episode that is started or queued, ``count`` in all; a number counts for all.
+
+    None for episodes that draw their own.
 
     Raises:
         ValueError: the environment has no range of alphas, or one of these lies outside of it.
     """
     chosen = options.get("alpha")
     if chosen is None:
-        return None
+        return [None] * count
     if alphas is None:
         raise ValueError(f"options['alpha']={chosen!r}: make the environment with a range, alpha=[low, high]")
-    chosen = [float(a) for a in (chosen if np.ndim(chosen) else [chosen] * count)]
-    if len(chosen) != count or not all(alphas.low <= a <= alphas.high for a in chosen):
+    try:
+        values = [float(a) for a in (chosen if np.ndim(chosen) else [chosen] * count)]
+        if len(values) != count or not all(alphas.low <= a <= alphas.high for a in values):
+            raise ValueError
+    except (TypeError, ValueError):
         raise ValueError(
-            f"options['alpha']={options['alpha']!r}: need a number from {alphas.low:g} to {alphas.high:g}, or "
-            f"{count} of them, for the lanes and then for the queue"
-        )
-    return chosen
+            f"options['alpha']={chosen!r}: need a number from {alphas.low:g} to {alphas.high:g}, or {count} of them, "
+            "for the lanes and then for the queue"
+        ) from None
+    return [*values]
 
 
 class Dealer:
@@ -58,8 +63,8 @@ class Dealer:
 
     def __init__(self, lanes: int, count: int, alphas: AlphaRange | None = None):
         self.lanes, self.count, self.alphas = lanes, count, alphas
-        self.queued_alphas: deque[float] | None = None  # None: every episode draws its own
-        self.queue: deque[int] | None = None
+        self.alpha: float | None = None  # of all episodes; None: each draws its own, or has it from the queue
+        self.queue: deque[tuple[int, float | None]] | None = None
         self.generators = [np.random.default_rng() for _ in range(lanes)]
         self.base: int | None = None  # the seed of a reset that has not opened yet
         self.queue_base = self.item = 0
@@ -80,8 +85,8 @@ class Dealer:
         if lanes is None:
             self.base = seed[0]
 
-    def open(self, options: Mapping[str, Any]) -> tuple[list[int], list[int], list[float] | None]:
-        """Examples, keys and (if they are chosen) alphas of the first episode of every lane.
+    def open(self, options: Mapping[str, Any]) -> tuple[list[int], list[int], list[float | None]]:
+        """Examples, keys and alphas (None: drawn by the episode) of the first episode of every lane.
 
         Args:
             options: of reset; ``examples`` (one index per lane, EMPTY for none), ``queue`` (indices of further
@@ -91,15 +96,16 @@ class Dealer:
         queue = options.get("queue")
         if queue is not None and chosen is None:
             raise ValueError("options['queue'] goes with options['examples']")
-        self.queue = None if queue is None else deque(check_example(e, self.count) for e in queue)
+        alphas = check_alphas(options, self.alphas, self.lanes + len(queue or ()))
+        self.alpha = alphas[0] if isinstance(options.get("alpha"), int | float) else None
+        examples = [check_example(e, self.count) for e in queue or ()]
+        self.queue = None if queue is None else deque(zip(examples, alphas[self.lanes :], strict=True))
         self.item = self.lanes
         if self.base is None:  # not seeded for this reset: queue items get new streams
             self.base = int(self.generators[0].integers(1 << 31))
         self.queue_base, self.base = self.base, None
         dealt = [draw(generator, self.count) for generator in self.generators]
-        alphas = check_alphas(options, self.alphas, self.lanes + len(self.queue or ()))
-        self.queued_alphas = deque(alphas[self.lanes :]) if alphas and self.queue is not None else None
-        return chosen or [example for example, _ in dealt], [key for _, key in dealt], alphas and alphas[: self.lanes]
+        return chosen or [example for example, _ in dealt], [key for _, key in dealt], alphas[: self.lanes]
 
     def chosen(self, options: Mapping[str, Any]) -> list[int] | None:
         """``options["examples"]``, checked: one index per lane, EMPTY for none."""
@@ -110,18 +116,19 @@ class Dealer:
             raise ValueError(f"options['examples']={examples!r}: need a sequence of {self.lanes} indices")
         return [check_example(e, self.count, least=EMPTY) for e in examples]
 
-    def deal_alphas(self, count: int) -> list[float] | None:
-        """The chosen alphas of the next ``count`` episodes from the queue; None if they draw their own."""
-        if self.queued_alphas is None or self.alphas is None:
-            return None
-        return [self.queued_alphas.popleft() if self.queued_alphas else self.alphas.low for _ in range(count)]
-
-    def deal(self, lane: int) -> tuple[int, int]:
-        """The next example and key for a lane that has finished."""
+    def deal(self, lane: int) -> tuple[int, int, float | None]:
+        """The next example, key and alpha (None: drawn by the episode) for a lane that has finished."""
         if self.queue is None:
-            return draw(self.generators[lane], self.count)
+            return *draw(self.generators[lane], self.count), self.alpha
         if not self.queue:
-            return EMPTY, 0
+            return EMPTY, 0, None
         _, key = draw(np.random.default_rng(self.queue_base + self.item), self.count)
         self.item += 1
-        return self.queue.popleft(), key
+        example, alpha = self.queue.popleft()
+        return example, key, alpha
+
+    def restart(self, lane: int, options: Mapping[str, Any]) -> tuple[int, int, float | None]:
+        """Example, key and alpha for a lane that is reset by itself: those of the options, else the next ones."""
+        chosen, alphas = self.chosen(options), check_alphas(options, self.alphas, self.lanes)
+        example, key, alpha = self.deal(lane) if chosen is None else (*draw(self.generators[lane], self.count), None)
+        return example if chosen is None else chosen[lane], key, alpha if alphas[lane] is None else alphas[lane]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dllm_gym.models.cache import BlockCache
 
 FIRST_BYTES = 1 << 26  # kept of first predictions (64 MiB)
+ENTRY_BYTES = 2000  # that keeping one takes besides its numbers, roughly
 
 
 @dataclass
@@ -148,6 +149,8 @@ class Predictions:
     def __init__(
         self, dllm: DLLM, lanes: int, length: int, *, sampling: Sampling, cache: BlockCache | None, history: int
     ):
+        if type(dllm).predict is not DLLM.predict:
+            raise ValueError(f"{type(dllm).__name__} has a predict of its own, which is not called: override _hidden")
         self.dllm, self.L, self.cache = dllm, length, cache
         self.sampling = replace(sampling, hidden=False)  # those are taken whole, at committed positions as well
         device = dllm.device
@@ -195,7 +198,7 @@ class Predictions:
         width = int(rows.length.max())
         height = len(rows.lanes)
         if self.dllm.compiled:
-            width, height = rounded(width, 32), rounded(height, 8)
+            width, height = rounded(width, 32), rounded(height, 8) if height > 8 else 1 << (height - 1).bit_length()
         tokens, mask = self._padded(rows, width, height)
         hidden = self.dllm.encode_rows(tokens, mask)[: len(rows.lanes), -self.L :]  # (b, L, d)
         self.work.add(len(rows.lanes), width * height, width * height - int(rows.length.sum()))
@@ -279,12 +282,10 @@ class Predictions:
         new = [(prompt, int(lane)) for prompt, lane in zip(rows.prompt, rows.lanes, strict=True) if prompt is not None]
         if not new:
             return
-        lanes = upload([lane for _, lane in new], self.dllm.device)
-        columns = [tensor[lanes].unbind() for tensor in self.tensors()]
-        for number, (prompt, _) in enumerate(new):
-            self.first[prompt] = [column[number] for column in columns]
-        size = sum(tensor[0].nbytes for tensor in self.tensors())
-        while len(self.first) > max(1, FIRST_BYTES // size):
+        most = max(1, FIRST_BYTES // (ENTRY_BYTES + sum(tensor[0].nbytes for tensor in self.tensors())))
+        for prompt, lane in new[-most:]:
+            self.first[prompt] = [tensor[lane].clone() for tensor in self.tensors()]
+        while len(self.first) > most:
             self.first.popitem(last=False)
 
     def _copy(self, source: dict[int, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class AlphaRange:
         if isinstance(alpha, int | float):
             return None
         try:
+            if isinstance(alpha, str | Mapping):
+                raise TypeError
             low, high = (float(end) for end in alpha)
         except (TypeError, ValueError):
             raise ValueError(f"alpha={alpha!r} is not a speed weight: give a number >= 0, or [low, high]") from None

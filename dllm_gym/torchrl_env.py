@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from dllm_gym.batches import upload
 from dllm_gym.dealer import Dealer
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking
 from dllm_gym.vector_env import check_action
@@ -79,8 +80,7 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         chosen = None if tensordict is None else tensordict.get("_reset", None)
         lanes = range(self.core.B) if chosen is None else chosen.view(-1).nonzero()[:, 0].tolist()
         if len(lanes):
-            examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
-            self.core.place(lanes, examples, keys)
+            self.core.place(lanes, *zip(*(self.dealer.deal(lane) for lane in lanes), strict=True))
         self._was_reset = True
         self._terminated[list(lanes)] = self._truncated[list(lanes)] = False
         self.core.predict()
@@ -96,7 +96,7 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         self._terminated |= outcome.terminated
         self._truncated |= outcome.truncated
         result = self._pack(outcome.score, np.where(outcome.done, outcome.nfe, 0))
-        result["reward"] = torch.as_tensor(outcome.reward, device=self.device)[:, None]
+        result["reward"] = upload(outcome.reward, self.device)[:, None]
         return result
 
     def _pack(self, score: np.ndarray, nfe: np.ndarray) -> TensorDict:
@@ -107,5 +107,5 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
             "truncated": self._truncated.copy(),
             "done": self._terminated | self._truncated,
         }
-        entries = {name: torch.as_tensor(value, device=self.device)[:, None] for name, value in columns.items()}
+        entries = {name: upload(value, self.device)[:, None] for name, value in columns.items()}
         return TensorDict({**self.core.observe(), **entries}, self.batch_size, device=self.device)

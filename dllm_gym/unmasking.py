@@ -56,7 +56,7 @@ class EnvConfig:
             is the same, as nothing after that token belongs to it; NFE are fewer, so results are not comparable with
             those of the published protocol.
         lookahead: predict every masked position. False: those that may be unmasked now only, which saves much of the
-            head; all others read 0 in every entry.
+            head; all others read 0 in every entry. Not together with ``kl``.
         cache: ``"none"``, or ``"prefix"`` or ``"dual"``: keys and values of the tokens before the active block, or
             before and behind it, are those of the step that began the block (Fast-dLLM, arXiv 2505.22618). Faster,
             and approximate: other tokens, other NFE. ``"prefix"`` is exact for block-causal dLLMs.
@@ -221,6 +221,8 @@ class Unmasking:
         self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
         self.stop_at_eos = switch("stop_at_eos", config.stop_at_eos)
         self.lookahead = switch("lookahead", config.lookahead)
+        if config.kl and not self.lookahead:
+            raise ValueError(f"lookahead=False: the divergences of kl={config.kl} need the predictions of every step")
         self._allocate(config)
 
     def _within(self, examples: list[Any], most: int | None) -> list[Any]:
@@ -269,6 +271,8 @@ class Unmasking:
             return None
         from dllm_gym.models.cache import BlockCache
 
+        if self.dllm.compiled:
+            raise ValueError(f"cache={kind!r}: the windows of a cache are not compiled, load the dLLM without compile")
         return BlockCache(self.dllm, kind, self.B, self.L, self.block_length)
 
     # ---- state ----
@@ -331,7 +335,11 @@ class Unmasking:
     # ---- prompts in ----
 
     def place(
-        self, lanes: Iterable[int], examples: Iterable[int], keys: Iterable[int], alphas: Iterable[float] | None = None
+        self,
+        lanes: Iterable[int],
+        examples: Iterable[int],
+        keys: Iterable[int],
+        alphas: Iterable[float | None] | None = None,
     ) -> None:
         """Start episodes: write prompts and L masks into lanes.
 
@@ -339,7 +347,7 @@ class Unmasking:
             lanes: which lanes.
             examples: index of each one's example; EMPTY leaves the lane without an episode.
             keys: each one's random stream (for proposals at a temperature, and an alpha from the range).
-            alphas: each one's speed weight, where there is a range of them; None draws them.
+            alphas: each one's speed weight, where there is a range of them; None (for one or for all) draws it.
         """
         chosen, index = np.asarray(list(lanes), np.int64), np.asarray(list(examples), np.int64)
         prompts = [self._prompt(i) for i in index]
@@ -354,10 +362,10 @@ class Unmasking:
         key = torch.tensor(list(keys))
         self.key[where] = upload(key.numpy(), self.tokens.device)
         if self.alphas is not None:
-            drawn = self.alphas.alpha(uniform(key, ALPHA, 1)[:, 0].double())
-            alpha = drawn if alphas is None else torch.tensor(list(alphas), dtype=torch.float64)
-            self.alpha[chosen] = alpha.numpy()
-            preference = self.alphas.preference(alpha).float()
+            drawn = self.alphas.alpha(uniform(key, ALPHA, 1)[:, 0].double()).tolist()
+            wanted = drawn if alphas is None else [d if a is None else a for a, d in zip(alphas, drawn, strict=True)]
+            self.alpha[chosen] = wanted
+            preference = self.alphas.preference(torch.tensor(wanted, dtype=torch.float64)).float()
             self.preference[where] = upload(preference.numpy(), self.tokens.device)
         self.example[chosen] = index
         self.steps[where] = 0
@@ -435,6 +443,8 @@ class Unmasking:
         Returns:
             bool [B], the lanes whose episode ended; :meth:`settle` has their rewards.
         """
+        if (self.stale & self.running).any():
+            self.predict()  # the prediction was broken off
         mask = self.mask
         running = upload(self.running, mask.device)[:, None]
         chosen = action.bool() & self.legal(mask) & running  # a lane that was truncated stays as it is

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_gym import render
 from dllm_gym.batches import upload
-from dllm_gym.dealer import Dealer, check_alphas
+from dllm_gym.dealer import Dealer
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking, positive
 
 FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
@@ -86,8 +86,8 @@ class DLLMUnmaskVectorEnv(VectorEnv):
     ``reset(options={"examples": [...]})`` gives every lane an example of the split (-1: none). With ``"queue"`` beside
     it, lanes that finish take the next index from there, the lowest lane first, and stay empty once it is used up: an
     empty lane has no legal position, no reward, no end, and costs no forward. Without a queue lanes draw at random.
-    Where the environment has a range of alphas, ``alpha`` chooses from it: a number for all, or one per lane followed
-    by one per item of the queue.
+    Where the environment has a range of alphas, ``alpha`` chooses from it: a number for all episodes until the next
+    reset, or one per lane followed by one per item of the queue.
 
     ## Information
     Where ``info["_episode"]`` (bool [N]) is set an episode has ended, and ``info["episode"]`` holds ``r`` (reward,
@@ -169,16 +169,16 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         lanes = np.flatnonzero(reset_mask)
         if seed is not None:
             self.dealer.seed(seed, lanes)
-        alphas = check_alphas(options, self.core.alphas, self.num_envs)
-        self._deal(lanes, self.dealer.chosen(options), alphas and [alphas[lane] for lane in lanes])
+        self._place(lanes, [self.dealer.restart(int(lane), options) for lane in lanes])
         return np.zeros(self.num_envs, bool) if self._waiting is None else self._waiting & ~reset_mask
 
-    def _deal(self, lanes: np.ndarray, chosen: list[int] | None = None, alphas: Sequence[float] | None = None) -> None:
-        """Put the next (or the chosen) prompt into each of these lanes, the lowest lane first."""
+    def _deal(self, lanes: np.ndarray) -> None:
+        """Put the next prompt into each of these lanes, the lowest lane first."""
+        self._place(lanes, [self.dealer.deal(lane) for lane in lanes])
+
+    def _place(self, lanes: np.ndarray, dealt: list[tuple[int, int, float | None]]) -> None:
         if len(lanes):
-            examples, keys = zip(*(self.dealer.deal(lane) for lane in lanes), strict=True)
-            alphas = self.dealer.deal_alphas(len(lanes)) if alphas is None else alphas
-            self.core.place(lanes, [chosen[lane] for lane in lanes] if chosen else examples, keys, alphas)
+            self.core.place(lanes, *zip(*dealt, strict=True))
 
     def step(self, actions: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         """Unmask the chosen positions in every lane.

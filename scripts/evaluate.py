@@ -10,7 +10,7 @@ The run folder (outputs/evaluate/...) gets results.{json,csv,png}.
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from shared import (
     check_evaluation,
@@ -35,7 +35,8 @@ def main(cfg: DictConfig) -> None:
         take_over(cfg, trained)
         if cfg.temperature is not None:
             trained.distribution.evaluate_temperature = cfg.temperature
-        deciders = {**policy_deciders(policy, trained.distribution, cfg.evaluation.alphas), **deciders}
+        settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": cfg.evaluation}
+        deciders = {**policy_deciders(policy, OmegaConf.create(settings)), **deciders}
     run, device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy.to(device)

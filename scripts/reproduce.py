@@ -156,13 +156,17 @@ def test_settings(cfg: DictConfig) -> list[str]:
     return ["evaluation.split=test", f"evaluation.examples={cfg.examples}", "evaluation.seeds=[42]"]
 
 
+def knob(cfg: DictConfig) -> str:
+    return f"evaluation.alphas=[{','.join(map(str, cfg.knob))}]"
+
+
 def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
     """The trainings that others begin with, and those of the policies that count."""
     own = cfg.training[place.task][place.env]
     warm_start = list(cfg.warm_start[place.task][place.env])
     recipes = [("policy", alpha, [f"reward.alpha={alpha}"]) for alpha in cfg.alphas]
     if cfg.training.conditioned:
-        recipes.append(("conditioned", None, list(cfg.training.conditioned)))
+        recipes.append(("conditioned", None, [*cfg.training.conditioned, knob(cfg)]))
     starts, policies = [], []
     for seed in cfg.seeds:
         common, base = [*place.settings(cfg), *cfg.training.all, f"seed={seed}"], None
@@ -184,6 +188,7 @@ def evaluation(cfg: DictConfig, policy: Job, place: Place) -> Job:
     kind = policy.labels["kind"] if home == (place.task, place.env, place.world) else "transfer"
     labels = {**policy.labels, **asdict(place), "kind": kind, "split": "test"}
     settings = [*place.settings(cfg), *test_settings(cfg), "heuristics=none"]
+    settings += [knob(cfg)] if policy.labels["family"] == "conditioned" else []
     return Job(f"test-{place}-of-{policy.name}", "evaluate", settings, policy.root, policy, labels)
 
 

@@ -19,6 +19,7 @@ from agents.rollout import Decider, evaluate
 from agents.training import checkpoint_of
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
+from dllm_gym.rewards import AlphaRange
 from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
@@ -93,16 +94,41 @@ def heuristics(cfg: DictConfig) -> dict[str, Decider]:
     return named
 
 
-def policy_deciders(policy: Policy, distribution: DictConfig, alphas: Iterable[float]) -> dict[str, Decider]:
-    """The policy as it is evaluated: greedy and sampled, and if it reads a preference with each of these alphas."""
-    settings = hydra.utils.instantiate(distribution)
+def policy_deciders(policy: Policy, cfg: DictConfig) -> dict[str, Decider]:
+    """The policy as ``cfg`` evaluates it: greedy and sampled, and if it reads a preference with several alphas."""
+    settings = hydra.utils.instantiate(cfg.distribution)
     temperature = settings.evaluate_temperature
-    knobs = {f", alpha={alpha:g}": alpha for alpha in alphas} if "preference" in policy.in_keys else {"": None}
+    knobs = {f", alpha={a:.3g}": a for a in alphas(cfg)} if "preference" in policy.in_keys else {"": None}
     return {
         f"policy({how}{label})": PolicyDecider(policy, settings.evaluate, temperature, how == "greedy", alpha)
         for how in ("greedy", "sampled")
         for label, alpha in knobs.items()
     }
+
+
+def alphas(cfg: DictConfig) -> list[float]:
+    """The alphas that a policy with a preference is evaluated with: those chosen, or seven over the reward's range.
+
+    Raises:
+        ValueError: the reward has no range, or one of those chosen lies outside of it.
+    """
+    span = AlphaRange.of(cfg.reward.alpha)
+    if span is None:
+        raise ValueError(f"reward.alpha={cfg.reward.alpha}: this policy reads a preference, give a range [low, high]")
+    chosen = cfg.evaluation.get("alphas")
+    if chosen is None:
+        return [span.alpha(i / 6) for i in range(7)]
+    if not isinstance(chosen, ListConfig) or not all(span.low <= alpha <= span.high for alpha in chosen):
+        raise ValueError(f"evaluation.alphas={chosen}: need a list of numbers from {span.low:g} to {span.high:g}")
+    return [float(alpha) for alpha in chosen]
+
+
+def policy_rewards(rows: Iterable[Row]) -> dict[str, float]:
+    """Mean reward of the policy's rows, greedy and sampled: over alphas, if there are several."""
+    found: dict[str, list[float]] = {}
+    for row in (row for row in rows if row["family"] == "policy"):
+        found.setdefault(row["name"].strip(")").partition("(")[2].partition(",")[0], []).append(row["reward"])
+    return {how: sum(rewards) / len(rewards) for how, rewards in found.items()}
 
 
 def chosen_names() -> set[str]:

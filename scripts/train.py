@@ -29,6 +29,7 @@ from shared import (
     make_evaluation_envs,
     make_policy,
     policy_deciders,
+    policy_rewards,
     prepare,
     report,
     requirements,
@@ -52,6 +53,8 @@ def go_on(cfg: DictConfig) -> None:
     """
     saved, chosen = load_config(cfg.resume, "resume"), chosen_names()
     for name in saved:
+        if OmegaConf.is_config(saved[name]) and OmegaConf.is_config(cfg.get(name)):
+            saved[name] = with_new_settings(saved[name], cfg[name])
         if name in FREE:
             if not any(n.partition(".")[0] == name for n in (*chosen, "resume")):
                 cfg[name] = saved[name]
@@ -62,6 +65,17 @@ def go_on(cfg: DictConfig) -> None:
     steps = "agent.algorithm.scheduler.num_training_steps"
     if OmegaConf.select(cfg, steps) == saved.rounds:  # the schedule that ends with the run still does
         OmegaConf.update(cfg, steps, cfg.rounds)
+
+
+def with_new_settings(saved: Any, today: Any) -> Any:
+    """Saved settings, and those that have come up since the run was saved."""
+    if (
+        not isinstance(saved, DictConfig)
+        or not isinstance(today, DictConfig)
+        or saved.get("_target_") != today.get("_target_")
+    ):
+        return saved
+    return OmegaConf.merge({name: value for name, value in today.items() if name not in saved}, saved)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -183,7 +197,7 @@ def main(cfg: DictConfig) -> float:
     learner = make_learner(cfg, policy)
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
-    deciders = {**policy_deciders(policy, cfg.distribution, cfg.evaluation.alphas), **heuristics(cfg)}
+    deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
     test_envs = make_evaluation_envs(cfg, device, deciders)
     for stale in run.glob("results.*"):  # of an earlier run in the same folder
         stale.unlink()
@@ -191,7 +205,7 @@ def main(cfg: DictConfig) -> float:
         console.print(f"interrupted, checkpoint saved: go on with resume={run}", highlight=False)
         sys.exit(130)
     rows = report(cfg, test_envs, deciders, run, console)
-    return max(row["reward"] for row in rows if row["family"] == "policy")  # what Hydra's optimising sweepers maximise
+    return max(policy_rewards(rows).values())  # what Hydra's optimising sweepers maximise
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from shared import load_policy, make_envs, policy_deciders, prepare, requirements, take_over
 
 from dllm_gym.dealer import check_example
@@ -22,7 +22,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint)
         take_over(cfg, trained)
-        greedy, sampled = policy_deciders(policy, trained.distribution, [cfg.alpha]).values()
+        settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": {"alphas": [cfg.alpha]}}
+        greedy, sampled = policy_deciders(policy, OmegaConf.create(settings)).values()
         decider = greedy if cfg.greedy else sampled
     _, device = prepare(cfg)
     if cfg.checkpoint is not None:

@@ -29,6 +29,17 @@ def table(folder, evaluated="best"):
     return over_seeds(read_runs([folder], evaluated))
 
 
+def test_a_policy_that_reads_a_preference_counts_by_its_mean_over_alphas(tmp_path):
+    write_run(tmp_path / "a", ["agent=grpo"], 0, 0.5)
+    rows = [
+        {"name": f"policy({how}, alpha={alpha})", "accuracy": accuracy, "nfe": 4.0, "reward": accuracy}
+        for how, alpha, accuracy in (("greedy", 1, 0.2), ("greedy", 3, 0.4), ("sampled", 1, 0.9), ("sampled", 3, 0.1))
+    ]
+    (tmp_path / "a" / "results.json").write_text(json.dumps(rows))
+    assert table(tmp_path)[0].mean["accuracy"] == pytest.approx(0.5)
+    assert table(tmp_path, "greedy")[0].mean["reward"] == pytest.approx(0.3)
+
+
 def test_seeds_of_a_configuration_make_a_row(tmp_path):
     for seed, accuracy in ((0, 0.4), (1, 0.6)):
         write_run(tmp_path / f"a{seed}", ["agent=grpo"], seed, accuracy, agent={"name": "grpo"})

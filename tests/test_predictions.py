@@ -14,7 +14,7 @@ from agents.policies import DiTConfidence, PolicyDecider
 from agents.rollout import evaluate
 from dllm_gym import predictions
 from dllm_gym.batches import Batching
-from dllm_gym.models import load_dllm
+from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.predictions import positions
 from dllm_gym.tasks import Sudoku
 from dllm_gym.unmasking import EnvConfig, Unmasking
@@ -86,7 +86,7 @@ def test_rounded_shapes_change_no_token(mixed_task):
     encode = dllm.encode_rows
     dllm.encode_rows = lambda tokens, mask: seen.append(tuple(tokens.shape)) or encode(tokens, mask)
     assert outcome(evaluate(rounded, TopK(6), range(12))) == outcome(plain)
-    assert all(rows % 8 == 0 and width % 32 == 0 for rows, width in seen)
+    assert {rows for rows, _ in seen} <= {1, 2, 4, 8} and all(width % 32 == 0 for _, width in seen)
 
 
 # ---- equal rows ----
@@ -124,13 +124,15 @@ def test_rows_that_are_not_alike_are_not_shared(settings):
 
 
 def test_first_predictions_do_not_grow_without_bound(monkeypatch):
-    monkeypatch.setattr(predictions, "FIRST_BYTES", 1000)  # a lane's take 20 * (8 + 4)
+    monkeypatch.setattr(predictions, "FIRST_BYTES", 9000)  # one takes 20 * (8 + 4) and 2,000
     env = envs(8)
     evaluate(env, TopK(20), range(30))
     assert len(env.core.predictions.first) == 4
     assert env.core.work.rows == 30
     evaluate(env, TopK(20), [29, 28, 0])
     assert env.core.work.rows == 31  # the oldest was forgotten, the latest were not
+    kept = [tensor for entry in env.core.predictions.first.values() for tensor in entry]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == 4 * 20 * (8 + 4)  # not the batch they came from
 
 
 def test_work_adds_up(mixed_task):
@@ -208,6 +210,47 @@ def test_an_end_of_text_ends_an_episode_once_nothing_before_it_is_masked():
     outcome = core.act(commit([1], [1]))
     assert outcome.terminated.tolist() == [True, False] and outcome.nfe[0] == 3
     assert len(core.completions[0]) == 3 and core.running.tolist() == [False, True]
+
+
+def test_a_prediction_that_was_broken_off_is_made_before_the_next_step(monkeypatch, tiny):
+    broken, whole = envs(2), envs(2)
+    for env in (broken, whole):
+        observation, _ = env.reset(seed=0, options={"examples": [0, 1], "queue": [2, 3]})
+    encode = tiny.encode_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "encode_rows", lambda *rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            broken.step(observation["action_mask"])  # both lanes are refilled, and not predicted
+    assert tiny.encode_rows == encode
+    whole.step(observation["action_mask"])
+    for env in (broken, whole):
+        env.step(observation["action_mask"])
+    assert broken.last_completions() == whole.last_completions()
+
+
+def test_what_would_not_be_called_is_refused(tiny):
+    class Own(DLLM):
+        def predict(self, *args, **settings):
+            return super().predict(*args, **settings)
+
+    with pytest.raises(ValueError, match="Own has a predict of its own"):
+        envs(1, model=Own(tiny.backbone, tiny.lm_head, tiny.tokenizer, tiny.config))
+    with pytest.raises(ValueError, match="lookahead=False.*kl=2"):
+        envs(1, lookahead=False, kl=2)
+    compiled = Own.__mro__[1](tiny.backbone, tiny.lm_head, tiny.tokenizer, tiny.config)
+    compiled.compiled = True
+    with pytest.raises(ValueError, match="cache='dual'.*compile"):
+        envs(1, model=compiled, cache="dual")
+
+
+def test_hooks_of_a_head_are_respected(tiny):
+    head = torch.nn.Linear(tiny.hidden_size, tiny.vocab_size, bias=False).requires_grad_(False)
+    dllm = DLLM(tiny.backbone, head, tiny.tokenizer, tiny.config)
+    tokens = torch.full((1, 4), tiny.mask_id)
+    allowed = next(token for token in range(tiny.vocab_size) if token not in dllm.forbidden_ids)
+    favour = torch.nn.functional.one_hot(torch.tensor(allowed), tiny.vocab_size) * 1e3
+    with head.register_forward_hook(lambda module, inputs, logits: logits + favour):
+        assert (dllm.predict(tokens, None, tokens == tiny.mask_id).token == allowed).all()
 
 
 @pytest.mark.parametrize(("name", "value"), [("lookahead", 2), ("stop_at_eos", "yes"), ("cache", "both")])

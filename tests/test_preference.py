@@ -79,7 +79,20 @@ def test_alphas_can_be_chosen_for_lanes_and_queue():
     env.reset(options={"reset_mask": np.array([False, True]), "alpha": 2})
     assert env.core.alpha.tolist() == [1.0, 2.0]
     env.reset(options={"alpha": 5})
-    assert env.core.alpha.tolist() == [5.0, 5.0]
+    env.step(observation["action_mask"])
+    assert env.core.alpha.tolist() == [5.0, 5.0]  # of the next episodes, too
+    env.reset()
+    assert 5.0 not in env.core.alpha
+
+
+def test_lanes_that_are_reset_by_themselves_leave_the_queue_as_it_is():
+    env = envs(2, autoreset_mode="Disabled")
+    observation, _ = env.reset(seed=0, options={"examples": [0, 1], "queue": [2, 3, 4], "alpha": [1, 2, 3, 4, 5]})
+    env.step(observation["action_mask"])
+    env.reset(options={"reset_mask": np.array([True, False]), "examples": [9, 9], "alpha": 7})
+    assert (env.core.example[0], env.core.alpha[0]) == (9, 7.0)
+    env.reset(options={"reset_mask": np.array([False, True])})
+    assert (env.core.example[1], env.core.alpha[1]) == (2, 3.0)
 
 
 def test_an_evaluation_turns_the_knob_for_every_episode():
@@ -116,7 +129,7 @@ def test_the_other_faces_show_the_preference():
     assert "preference" not in gym.make("DLLMUnmask-v0", alpha=1.0).reset()[0]
 
 
-@pytest.mark.parametrize("alpha", [[1.0], [0, 1], [2, 1], [1, float("inf")], "fast", [1, 2, 3]], ids=str)
+@pytest.mark.parametrize("alpha", [[1.0], [0, 1], [2, 1], [1, float("inf")], "39", [1, 2, 3], {1: 0, 2: 0}], ids=str)
 def test_no_other_pair_is_a_range(alpha):
     with pytest.raises(ValueError, match="alpha="):
         envs(1, alpha=alpha)
@@ -127,7 +140,7 @@ def test_wrong_choices_are_refused():
         envs(1, reward=lambda score, steps, length: score)
     with pytest.raises(ValueError, match=r"options\['alpha'\]=1: make the environment with a range"):
         envs(1, alpha=1.0).reset(options={"alpha": 1})
-    for alpha in (0.1, 11, [1, 2, 3], float("nan")):
+    for alpha in (0.1, 11, [1, 2, 3], float("nan"), "x"):
         with pytest.raises(ValueError, match=r"options\['alpha'\].*from 0.3 to 10, or 2 of them"):
             envs(2).reset(options={"alpha": alpha})
     with pytest.raises(ValueError, match=r"reads preference.*alpha=\[low, high\]"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
@@ -101,7 +102,11 @@ def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
     half = tmp_path / "half"
     call("train", half, *SMALL, "rounds=1")
-    call("train", half, f"resume={half}", "rounds=2")  # in its own folder, with the run's own settings
+    saved = yaml.safe_load((half / "config.yaml").read_text())
+    for group, setting in (("evaluation", "alphas"), ("env", "cache"), ("policy", "preference")):
+        del saved[group][setting]  # as a run saved it before these settings were there
+    (half / "config.yaml").write_text(yaml.safe_dump(saved))
+    call("train", half, f"resume={half}", "rounds=2", "env=full_diffusion")  # with the run's own settings
     whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
     assert (half / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
     assert without_seconds(half / "metrics.csv") == without_seconds(trained / "metrics.csv")

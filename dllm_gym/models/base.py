@@ -146,6 +146,9 @@ class DLLM:
     def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Hidden states [B, T, d], those at j predict token j; a family's shift, positions and masks go in here."""
         positions = None if attention_mask is None else positions_of(attention_mask)
+        attention = getattr(self.backbone.config, "_attn_implementation", None) or ""
+        if attention_mask is not None and attention.startswith("sdpa"):
+            attention_mask = attention_mask[:, None, None]  # as it is used: nothing looks whether it is all True
         return self.backbone(
             input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False
         ).last_hidden_state

@@ -109,6 +109,8 @@ def load_dllm(
     device = None if device is None else check_device(device)
     if mask_token is not None and not isinstance(mask_token, str):
         raise ValueError(f"mask_token={mask_token!r} is not valid: give the token's text")
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile={compile!r} is not valid: True or False")
     items = check_device_map(device_map)
     options: dict[str, Any] = {
         "device_map": items,

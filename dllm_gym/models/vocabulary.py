@@ -87,9 +87,16 @@ class Vocabulary:
 
     def __init__(self, head: nn.Module, size: int, forbidden: Sequence[int]):
         self.head, self.size, self.forbidden = head, size, forbidden
-        # A subclass of Linear may store its weight in another form (quantised), a hook may bring it from another
-        # device: those are applied as a whole.
-        self.sliced = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the head is read slice by slice.
+
+        A subclass of Linear may store its weight in another form (quantised), hooks may bring it from another device or
+        change what it gives: such heads are applied as a whole.
+        """
+        hooked = self.head._forward_hooks or self.head._forward_pre_hooks or hasattr(self.head, "_hf_hook")
+        return type(self.head) is nn.Linear and not hooked
 
     def read(self, hidden: Tensor, sampling: Sampling, stream: Tensor | None = None) -> Prediction:
         """Predict n positions.
@@ -145,7 +152,7 @@ class Vocabulary:
                 here = slice(start, start + SLICE)
                 logits = linear(hidden, head.weight[here], None if head.bias is None else head.bias[here]).float()
             else:
-                logits = head(hidden).float()
+                logits = head(hidden).float().to(hidden.device)  # the head may lie on another device
             for token in self.forbidden:
                 if start <= token < start + logits.shape[-1]:
                     logits[:, token - start] = -torch.inf

@@ -44,7 +44,10 @@ class Task(ABC):
 
     @abstractmethod
     def grade(self, example: Example, completion: str) -> float:
-        """The score in [0, 1] of a decoded completion. Never raises, whatever the text."""
+        """The score in [0, 1] of a decoded completion. Never raises, whatever the text.
+
+        Environments call it in a thread beside the main one, one call at a time, while the dLLM goes on.
+        """
 
     def grade_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         """The scores of several completions, in order; tasks whose grading takes long do it in parallel."""
