@@ -14,7 +14,7 @@ from meters import peak_bytes, timed
 from workloads import with_vocabulary
 
 from dllm_gym.models import DLLM
-from dllm_gym.models.vocabulary import SLICE, Sampling
+from dllm_gym.models.vocabulary import Sampling, slice_width
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def growth(dllm: DLLM, sizes: Sizes, repeats: int) -> dict[str, dict[str, float]
             "time": log2(seconds / before[0]),
             "multiplications": log2(multiplications(dllm, larger) / multiplications(dllm, sizes)),
             "peak memory": log2(peak / before[1]),
-            "at most": 0.0 if name == "vocabulary" and sizes.vocabulary >= SLICE else 1.0,
+            "at most": 0.0 if name == "vocabulary" and sizes.vocabulary >= slice_width(dllm.device) else 1.0,
         }
     return result
 

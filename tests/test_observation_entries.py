@@ -281,7 +281,7 @@ def test_a_head_read_in_slices_equals_the_whole_distribution(monkeypatch, kind, 
     """Slices of 4 tokens (one of them all forbidden), pieces of a few rows, against softmax in float64."""
     torch.manual_seed(0)
     head, hidden, forbidden = kind(6, 23).requires_grad_(False), 5 * torch.randn(9, 6), (1, 4, 5, 6, 7)
-    monkeypatch.setattr(vocabulary, "SLICE", 4)
+    monkeypatch.setitem(vocabulary.SLICE, "cpu", 4)
     monkeypatch.setattr(vocabulary, "PART", 25)
     sampling = Sampling(3, temperature, entropy=True, margin=True, log_prob=True)
     stream = torch.arange(9) if temperature else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from dllm_gym.noise import fold, uniform_from
 
-SLICE = 8192  # tokens of the vocabulary that are looked at at a time
+SLICE = {"cpu": 2048, "cuda": 16384}  # tokens of the vocabulary that are looked at at a time; a CPU's stay in its cache
 PART = 1 << 25  # numbers that one slice, or a reduction over the vocabulary, may hold (128 MiB)
 
 
@@ -110,7 +110,8 @@ class Vocabulary:
         """
         if sampling.temperature > 0 and stream is None:
             raise ValueError(f"temperature={sampling.temperature} draws tokens at random: pass key, one stream per row")
-        rows = max(1, PART // (min(SLICE, self.size) if self.sliced else self.size))
+        width = slice_width(hidden.device) if self.sliced else self.size
+        rows = max(1, PART // min(width, self.size))
         streams = repeat(None) if stream is None else stream.split(rows)
         pieces = [self._read(*piece, sampling) for piece in zip(hidden.split(rows), streams, strict=False)]
         columns: dict[str, Any] = {}
@@ -123,10 +124,12 @@ class Vocabulary:
         slices = Slices()
         k = max(sampling.top_k, 2 if sampling.margin else 1)
         for start, logits in self._slices(hidden):
-            self._look(slices, logits, k, sampling)
             value, index = self._candidates(logits, start, stream, sampling.temperature).max(-1)
             slices.score.append(value)
             slices.token.append(index + start)
+            few = min(k, logits.shape[-1])
+            greedy = few == 1 and sampling.temperature == 0
+            _look(slices, logits, value[:, None] if greedy else logits.topk(few, -1).values, sampling)
         # max and argmax take the first of equals, so the lowest token wins, within and among slices.
         best = torch.stack(slices.score).argmax(0, keepdim=True)  # (1, n)
         largest = torch.cat(slices.largest, -1).topk(k, -1).values  # (n, k)
@@ -146,32 +149,18 @@ class Vocabulary:
 
     def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Logits float32 [n, c] of slice after slice, each with its first token."""
-        head: Any = self.head
-        for start in range(0, self.size, SLICE) if self.sliced else (0,):
-            if self.sliced:
-                here = slice(start, start + SLICE)
+        head, sliced = cast(Any, self.head), self.sliced
+        width = slice_width(hidden.device) if sliced else self.size
+        for start in range(0, self.size, width):
+            if sliced:
+                here = slice(start, start + width)
                 logits = linear(hidden, head.weight[here], None if head.bias is None else head.bias[here]).float()
             else:
-                logits = head(hidden).float().to(hidden.device)  # the head may lie on another device
+                logits = head(hidden).to(hidden.device, torch.float32, copy=True)  # the head may lie elsewhere
             for token in self.forbidden:
                 if start <= token < start + logits.shape[-1]:
                     logits[:, token - start] = -torch.inf
             yield start, logits
-
-    def _look(self, slices: Slices, logits: Tensor, k: int, sampling: Sampling) -> None:
-        """Add to ``slices`` what these logits say about the distribution."""
-        few = min(k, logits.shape[-1])
-        largest = logits.amax(-1, keepdim=True) if few == 1 else logits.topk(few, -1).values
-        below = largest[:, :1].clamp_min(torch.finfo().min) - logits  # (n, c); finite where all is forbidden
-        weight = (-below).exp()
-        total = weight.sum(-1)
-        slices.largest.append(largest)
-        slices.mass.append(total.log())
-        if sampling.entropy:
-            spread = (weight * below.masked_fill_(weight == 0, 0)).sum(-1) / total
-            slices.spread.append(spread.nan_to_num(0))
-        if sampling.log_prob:
-            slices.logits.append(logits)
 
     def _candidates(self, logits: Tensor, start: int, stream: Tensor | None, temperature: float) -> Tensor:
         """Scores [n, c] whose largest is the proposal: logits / temperature + Gumbel noise, or the logits."""
@@ -180,6 +169,27 @@ class Vocabulary:
         token = torch.arange(start, start + logits.shape[-1], device=logits.device)
         u = uniform_from(fold(fold(stream, 0)[:, None], token))  # (n, c), the same in any slicing
         return logits / temperature - (-u.log()).log()
+
+
+def slice_width(device: torch.device) -> int:
+    """Tokens in a slice of the vocabulary on a device."""
+    return SLICE.get(device.type, SLICE["cuda"])
+
+
+def _look(slices: Slices, logits: Tensor, largest: Tensor, sampling: Sampling) -> None:
+    """Add to ``slices`` what logits [n, c] with these largest ones [n, k] say; the logits are used up."""
+    if sampling.log_prob:
+        slices.logits.append(logits.clone())
+    away = logits.sub_(largest[:, :1].clamp_min(torch.finfo().min))  # (n, c), at most 0; -inf where it is forbidden
+    slices.largest.append(largest)
+    if not sampling.entropy:
+        slices.mass.append(away.exp_().sum(-1).log())
+        return
+    weight = away.exp()
+    total = weight.sum(-1)
+    slices.mass.append(total.log())
+    spread = -(weight * away.masked_fill_(weight == 0, 0)).sum(-1) / total
+    slices.spread.append(spread.nan_to_num(0))  # of a slice of nothing but forbidden tokens
 
 
 def _spread(slices: Slices, offset: Tensor, log_share: Tensor) -> Tensor:
