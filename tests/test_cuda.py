@@ -143,3 +143,32 @@ def test_a_row_alone_equals_the_row_in_a_batch(device, rule, mixed_task, exact_m
 def test_noise_is_the_same_on_every_device(device):
     keys = fold(torch.arange(50) - 25, 7)
     assert torch.equal(uniform(keys.to(device), 3, 40).cpu(), uniform(keys, 3, 40))
+
+
+@pytest.mark.cuda
+@no_cuda
+def test_a_step_waits_for_the_device_once(mixed_task):
+    envs = make_vec("cuda", task=mixed_task, block_length=12)
+    observation, _ = envs.reset(seed=0)
+    decider = PolicyDecider(small_policy("cuda"), ZeroTruncatedBernoulli, greedy=True)
+    noise = torch.full((4, 48), 0.5, device="cuda")
+    observation, *_ = envs.step(decider(observation, noise))  # what is done once is done
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            observation, _, terminated, truncated, _ = envs.step(decider(observation, noise))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1 and not (terminated | truncated).any()
+
+
+@pytest.mark.cuda
+@no_cuda
+def test_a_compiled_network_decodes_the_same(exact_matmul):
+    from dllm_gym.models import load_dllm
+
+    plain, compiled = (load_dllm("tiny", "cuda", compile=compile) for compile in (False, True))
+    results = [
+        evaluate(gym.make_vec("DLLMUnmask-v0", 16, model=m), Threshold(0.9), range(32)) for m in (plain, compiled)
+    ]
+    assert results[0].completions == results[1].completions and torch.equal(results[0].nfe, results[1].nfe)

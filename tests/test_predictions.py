@@ -7,6 +7,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.distributions import MaskedBernoulli
 from agents.heuristics import EntropyBounded, Factor, Threshold, TopK
@@ -293,6 +294,41 @@ def test_a_cache_keeps_what_it_does_not_predict_again():
     for name in ("confidence", "hidden"):
         assert torch.equal(after[name][:, ~active], before[name][:, ~active])
         assert not torch.equal(after[name][:, active], before[name][:, active])
+
+
+# ---- waiting ----
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations whose results the host would have to wait for on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1] if index is not None
+        )
+        if by_mask or name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique"):
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden": True, "entropy": True, "top_k": 2}, {"lookahead": False}], ids=str)
+@pytest.mark.parametrize("rule", [Threshold(0.9), TopK(2), EntropyBounded(0.1)], ids=str)
+def test_nothing_in_a_step_waits_for_the_device_but_the_one_transfer(rule, settings, mixed_task):
+    env = envs(4, task=mixed_task, block_length=12, **{**settings, **rule.requires})
+    observation, _ = env.reset(seed=0)
+    noise = torch.full((4, 48), 0.5)
+    observation, *_ = env.step(rule(observation, noise))
+    with Waits() as waits:
+        _, _, terminated, _, _ = env.step(rule(observation, noise))
+    assert waits.found == [] and not terminated.any()
+    with Waits() as waits:
+        torch.arange(3)[torch.tensor([True, False, True])].sum().item()
+    assert waits.found == ["index", "_local_scalar_dense"]  # the watcher sees them
 
 
 # ---- grading ----
