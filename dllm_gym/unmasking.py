@@ -264,7 +264,6 @@ class Unmasking:
         self.outcome: Outcome | None = None
         self._ended: Ended | None = None  # the step whose grades are not collected yet
         self._encoded: dict[int, np.ndarray] = {}  # prompts by example
-        self.lane_steps = 0  # steps of lanes with an episode since construction
 
     def _make_cache(self, kind: str) -> BlockCache | None:
         if kind == "none":
@@ -470,7 +469,6 @@ class Unmasking:
         if self.predictions.drift is not None:
             unmoved = np.flatnonzero(self.running & ~terminated & (changed == 0))
             self.predictions.drift.stay(upload(unmoved, mask.device))
-        self.lane_steps += int(self.running.sum())
         self._ended = self._hand_in(terminated, truncated, steps, host[:, len(facts) :])
         return terminated | truncated
 
