@@ -128,21 +128,29 @@ class Place:
 def plan(cfg: DictConfig) -> list[Job]:
     """Every job, in the order of the table; each stands behind the one that it builds on."""
     positive("workers", cfg.workers)
-    if not set(cfg.transfer) <= set(LEARNED):
-        raise ValueError(f"transfer={cfg.transfer}: a list of {', '.join(LEARNED)}; [] for none")
+    if not set(cfg.transfer.families) <= set(LEARNED):
+        raise ValueError(f"transfer.families={cfg.transfer.families}: a list of {', '.join(LEARNED)}; [] for none")
     jobs, policies = [], {}
     for place in (Place(task, env) for task, env in product(cfg.tasks, cfg.envs)):
         starts, policies[place] = trainings(cfg, place)
         jobs += [*heuristics(cfg, place, cfg.grids), *starts, *policies[place]]
         jobs += [evaluation(cfg, policy, place) for policy in policies[place]]
-    for place in policies if cfg.transfer else ():
+    for place in policies:
+        if not (moving := [policy for policy in policies[place] if moves(cfg, policy)]):
+            continue
         variants = [Place(place.task, place.env, name) for name, tasks in cfg.variants.items() if tasks.get(place.task)]
         others = [other for other in policies if other.env == place.env and other != place]
         for variant in variants:
             jobs += heuristics(cfg, variant, cfg.variant_grids)
-        moving = [policy for policy in policies[place] if policy.labels["family"] in cfg.transfer]
         jobs += [evaluation(cfg, policy, target) for target in others + variants for policy in moving]
     return jobs
+
+
+def moves(cfg: DictConfig, policy: Job) -> bool:
+    """Whether a policy is also tried where it was not trained."""
+    labels, transfer = policy.labels, cfg.transfer
+    chosen = labels["alpha"] is None or labels["alpha"] in transfer.alphas
+    return labels["family"] in transfer.families and labels["env"] in transfer.envs and chosen
 
 
 def heuristics(cfg: DictConfig, place: Place, grids: Sequence[str]) -> Iterator[Job]:

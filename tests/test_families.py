@@ -1008,7 +1008,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "conf/model").glob("*.yaml"))
 def test_a_model_config_holds_arguments_of_load_dllm(path):
     config = OmegaConf.load(path)
     inspect.signature(load_dllm).bind(**config)
-    assert re.fullmatch(r"tiny|[\w-]+/[\w.-]+(@[0-9a-f]{40})?", config.model)
+    assert re.fullmatch(r"tiny(_shallow)?|[\w-]+/[\w.-]+(@[0-9a-f]{40})?", config.model)
 
 
 def test_an_environment_decodes_with_another_family(tmp_path):

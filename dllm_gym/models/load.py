@@ -18,7 +18,7 @@ from dllm_gym.models import dream, llada, llada2, masked_lm, qwen
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.checkpoint import Checkpoint, Settings
 
-SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
+SHIPPED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_shallow")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Loader = Callable[[Checkpoint], DLLM]
@@ -81,7 +81,7 @@ def load_dllm(
     The family is chosen by ``model_type`` in the raw ``config.json``; no code from a checkpoint is ever run.
 
     Args:
-        model: ``"tiny"`` (shipped), a local folder, a hub id (``owner/name``, optionally ``@revision``), or a DLLM,
+        model: ``"tiny"`` or ``"tiny_shallow"`` (shipped), a local folder, a hub id (``owner/name``, optionally ``@revision``), or a DLLM,
             which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
