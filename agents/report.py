@@ -69,6 +69,7 @@ class Evidence:
         rows: the table. trainings: every finished training, in the table's order.
         minutes: wall-clock minutes of each session in which the jobs ran. jobs: how many are done, and of how many.
         quick: table and minutes of the quick version, if it was run. notes: claim -> what is to be said about it.
+        settings: the overrides of the jobs, as YAML.
     """
 
     rows: list[Row]
@@ -77,6 +78,7 @@ class Evidence:
     jobs: tuple[int, int]
     quick: tuple[list[Row], float] | None
     notes: Mapping[str, str]
+    settings: str
 
     @property
     def findings(self) -> list[Finding]:
@@ -226,17 +228,20 @@ def training_table(trainings: Sequence[Training]) -> str:
     for (task, env, family, alpha), members in group_by(entries, "task", "env", "family", "alpha").items():
         runs = [member["training"] for member in members]
         means = {name: float(np.mean([run.mean(name) for run in runs])) for name in WASTE}
+        learnt_from = float(np.mean([run.mean("informative") for run in runs]))
         rows.append(
             {
                 "where": f"{task}, {words(env)}",
                 "who": NAMES[family],
                 "alpha": "all" if family == "conditioned" else f"{alpha:g}",
                 **{name.replace("_", " "): f"{100 * value:.1f} %" for name, value in means.items()},
+                "equal groups in updates": "" if math.isnan(learnt_from) else f"{100 - 100 * learnt_from:.1f} %",
                 "minutes": f"{np.mean([run.minutes for run in runs]):.1f}",
             }
         )
     logs = {name.replace("_", " "): f"{100 * value:.0f} %" for name, value in WASTE.items()}
-    reference = {"where": "GSM8K, LLaDA-8B", "who": "the LUP reference's own logs", "alpha": "0", **logs, "minutes": ""}
+    last = {"equal groups in updates": logs["equal groups"], "minutes": ""}
+    reference = {"where": "GSM8K, LLaDA-8B", "who": "the LUP reference's own logs", "alpha": "0", **logs, **last}
     return table([*rows, reference] if rows else [])
 
 
@@ -247,7 +252,8 @@ def transfer_table(moves: Sequence[Transfer]) -> str:
         cell = move.there
         place = cell.title + (f", {words(move.world)}" if move.world else "")
         for who, points in cell.learned.items():
-            native = move.native.learned.get(who) if move.native else None
+            alphas = {point["alpha"] for point in points}
+            native = [p for p in move.native.learned.get(who, []) if p["alpha"] in alphas] if move.native else []
             margins = [(p["accuracy"] - cell.best_heuristic(p["nfe"]).accuracy, p) for p in points if cell.heuristics]
             margin, point = max(margins, key=lambda pair: pair[0], default=(math.nan, points[0]))
             areas = [cell.area(family) for family in cell.heuristics.values()]
@@ -304,6 +310,12 @@ Written by `scripts/reproduce.py` from its table, not by hand.{missing}
 - A front joins the points that no other of its family beats by straight lines in NFE. Left of its first point it reads
   0, right of its last one the best accuracy holds. "Best heuristic" at an NFE: the family whose front is highest there.
 
+Overrides of `scripts/train.py` and `scripts/evaluate.py` behind this page (`conf/reproduce.yaml`):
+
+```yaml
+{evidence.settings}
+```
+
 ## Claims
 
 {claims_section(evidence.findings, evidence.notes)}
@@ -321,8 +333,10 @@ own first one. Then with it over log NFE, which weighs the fast end as the pictu
 {areas_table(cells(evidence.rows))}
 ## Training
 
-Shares of steps that unmask nothing, of groups whose rewards are all equal, and of lanes that wait, means over rounds
-and seeds; wall-clock minutes of a training on one thread.
+Means over rounds and seeds: the share of steps that unmask nothing, of groups (of all that were played) whose rewards
+are all equal, of lanes that wait for the end of their batch (they are not forwarded, so they cost nothing), and of
+groups with equal rewards that are still there in the updates, after others were played in their place
+(`agent.max_batches`; 1 is the plain scheme). Minutes are those of the rounds on one thread, beside another job.
 
 {training_table(evidence.trainings)}
 ## Transfer

@@ -36,6 +36,7 @@ from dllm_gym.unmasking import positive
 
 SCRIPTS = Path(__file__).parent
 LOG, SESSIONS = "log.txt", "sessions.csv"
+SHOWN = ("worlds", "training", "warm_start", "transfer", "variants")  # settings that the page repeats
 POLL = 0.2  # seconds between looks at the running jobs
 GRACE = 120  # seconds that an interrupted training gets to finish its round and save it
 
@@ -289,6 +290,7 @@ def report(cfg: DictConfig, jobs: Sequence[Job]) -> None:
         jobs=(len(done), len(jobs)),
         quick=quick_version(Path(cfg.quick)),
         notes=dict(cfg.notes),
+        settings=OmegaConf.to_yaml({name: cfg[name] for name in SHOWN}).strip(),
     )
     write_page(evidence, Path(cfg.page))
     print(f"written: {cfg.table}, {cfg.page}")
