@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_ADDED = {"candidates": None, "preference": False}  # settings younger than some stored policies, with what those meant
+_ADDED = {"candidates": None, "preference": False, "joint": False}  # settings younger than some stored policies, with what those meant
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 _CARD = """---
 {{ card_data }}
@@ -239,6 +239,23 @@ def smart_head(width: int, output_bias: float) -> nn.Linear:
     return head
 
 
+def joint_confidence(confidence: Tensor, legal: Tensor) -> Tensor:
+    """The chance that everything surer than a position is right, were positions independent.
+
+    At position i the product of c_j over the legal j with c_j > c_i, and over those left of i with c_j = c_i; in log
+    space what the entropy-bounded sampler (arXiv 2505.24857) bounds, with -log c in place of the entropy.
+
+    Args:
+        confidence: c, float [.., L]. legal: bool [.., L], what may be unmasked now.
+
+    Returns:
+        Float [.., L] in [0, 1]; 0 where nothing may be unmasked.
+    """
+    value, order = confidence.masked_fill(~legal, 0).sort(dim=-1, descending=True, stable=True)
+    before = torch.cat([torch.ones_like(value[..., :1]), value[..., :-1]], dim=-1).cumprod(-1)
+    return torch.zeros_like(before).scatter(-1, order, before).masked_fill(~legal, 0)
+
+
 class DiTConfidence(Policy):
     """LUP's ``dit_confidence``: one DiT block over the completion, fed only with the dLLM's confidences.
 
@@ -262,6 +279,9 @@ class DiTConfidence(Policy):
             equal logits, and only chance tells them apart.
         preference: also read the ``preference`` of an environment with a range of alphas: one network for the whole
             front, whose speed is a knob at decoding time. It is embedded and added as the time is.
+        joint: also read :func:`joint_confidence` at every position. From it the entropy-bounded sampler's rule (stop
+            when what was taken is unsure enough as a whole) is a threshold; from the confidences alone a network has to
+            sort them first, and independent picks cannot tell equals apart.
         candidates: see ``Policy``.
 
     Raises:
@@ -279,12 +299,12 @@ class DiTConfidence(Policy):
         time_period: float = 0.01,
         absolute_positions: bool = False,
         preference: bool = False,
+        joint: bool = False,
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
         _check_positive(ffn=ffn, top_k=top_k, time_period=time_period)
-        if preference:
-            self.reads = (*type(self).reads, "preference")
+        self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
         super().__init__(
             width=width,
             ffn=ffn,
@@ -294,10 +314,11 @@ class DiTConfidence(Policy):
             time_period=time_period,
             absolute_positions=absolute_positions,
             preference=preference,
+            joint=joint,
             candidates=candidates,
         )
-        self.time_period = time_period
-        self.input = nn.Linear(top_k, width)
+        self.time_period, self.joint = time_period, joint
+        self.input = nn.Linear(top_k + joint, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
         self.preference_mlp = _time_mlp(width) if preference else None
@@ -306,15 +327,18 @@ class DiTConfidence(Policy):
         self.final_norm = nn.LayerNorm(width)
         self.head = smart_head(width, output_bias)
 
-    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor, *preference: Tensor) -> Tensor:
+    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor, *more: Tensor) -> Tensor:
         dtype = self.head.weight.dtype
-        x = self.input(confidence[..., : self.top_k].to(dtype))  # (B, L, d)
+        seen = confidence[..., : self.top_k]
+        if self.joint:
+            seen = torch.cat([seen, joint_confidence(confidence[..., 0], more[0] != 0)[..., None]], dim=-1)
+        x = self.input(seen.to(dtype))  # (B, L, d)
         if self.place is not None:
             position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
             x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(dtype))
         condition = _condition(self.time_mlp, self.mask_embedding, sinusoid(time, x.shape[-1], self.time_period))
         if self.preference_mlp is not None:
-            wish = sinusoid(preference[0], x.shape[-1], self.time_period).to(dtype)
+            wish = sinusoid(more[-1], x.shape[-1], self.time_period).to(dtype)
             condition = condition + self.preference_mlp(wish)[:, None]
         return self.final_norm(self.block(x, condition, mask[..., None] != 0))
 
