@@ -17,6 +17,7 @@ from agents.claims import (
     cells,
     falls,
     fast,
+    measured,
     needed,
     over_seeds,
     pareto,
@@ -141,6 +142,16 @@ def test_a_knob_is_monotone_if_nfe_never_rises_with_alpha():
     assert falls(at_alphas((10, 2, 0), (1, 5, 0), (3, 2, 0)))  # in any order; equal is allowed
     assert not falls(at_alphas((1, 5, 0), (3, 5.1, 0), (10, 2, 0)))
     assert not falls(at_alphas((1, 5, 0), (10, 5, 0)))  # a knob that does nothing
+
+
+def test_claims_are_measured_against_the_papers_rules_and_against_every_one():
+    rules = {"threshold": [point(4, 0.9, family="threshold", setting="0.9")], "eb": [point(2, 0.7)]}
+    place = Cell("sudoku", "full_diffusion", 20, rules, {"policy": at_alphas((10, 2, 0.75))})
+    found = {f.rules: f for f in measured([place]) if f.claim == "fast"}
+    assert found["papers"].numbers["margin"] == pytest.approx(0.75) and found["papers"].holds  # none is that fast
+    assert found["every"].numbers["margin"] == pytest.approx(0.05) and not found["every"].holds
+    alone = place.against(["threshold"])
+    assert list(alone.heuristics) == ["threshold"] and {f.rules for f in measured([alone])} == {"papers"}
 
 
 def test_a_claim_holds_where_one_way_of_learning_makes_it_hold():

@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import llada_fields
 from safetensors.torch import load_file, save_file
 
+from agents.heuristics import TopK
+from agents.rollout import evaluate
 from dllm_gym.models import Sampling, load_dllm
 from dllm_gym.models.llada import llama_config
+from dllm_gym.tasks.arithmetic import Arithmetic
 
 
 def llada_forward(weights: dict, raw: dict, tokens: list[int]) -> torch.Tensor:
@@ -108,6 +112,13 @@ def test_shipped_checkpoint_is_frozen_small_and_shared(tiny):
     assert not any(p.requires_grad for p in tiny.backbone.parameters())
     assert tiny.decode(tiny.encode("12.4\n3+5=;#") + [tiny.eos_id] + tiny.encode("9")) == "12.4\n3+5=;#"
     assert tiny.decode([tiny.mask_id, *tiny.encode("7")]) == "7"
+
+
+def test_the_shallow_checkpoint_works_arithmetic_out_step_by_step():
+    task = Arithmetic(min_operations=4)
+    envs = gym.make_vec("DLLMUnmask-v0", num_envs=64, model="tiny_shallow", task=task, split="validation")
+    slow, all_at_once = (evaluate(envs, TopK(k), range(64)).score.mean() for k in (2, 48))
+    assert load_dllm("tiny_shallow").config["n_layers"] == 2 and slow > all_at_once + 0.1 > 0.3
 
 
 DAMAGES = {  # what is done to a weight -> what the error says

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 
 from agents.distributions import BernoulliArgmax, MaskedBernoulli, ZeroTruncatedBernoulli
-from agents.policies import DiTConfidence, PolicyDecider, make_actor, rotate, sinusoid
+from agents.policies import DiTConfidence, PolicyDecider, joint_confidence, make_actor, rotate, sinusoid
 
 
 def observation(*lead, length=9, k=2):
@@ -214,3 +214,25 @@ def test_absolute_positions_tell_equals_apart_from_the_start():
     same = {"confidence": torch.full((1, 6, 1), 0.25), "mask": torch.ones(1, 6), "time": torch.zeros(1, 1)}
     blind, sighted = DiTConfidence(width=16, ffn=32), DiTConfidence(width=16, ffn=32, absolute_positions=True)
     assert call(blind, same).std() < 1e-6 < 1e-3 < call(sighted, same).std()
+
+
+def test_joint_confidence_is_the_product_of_what_is_surer_by_hand():
+    confidence, legal = torch.tensor([[0.5, 0.9, 0.5, 0.99, 0.8]]), torch.tensor([[1, 1, 1, 0, 1]]) == 1
+    # in order: .9 (nothing surer), .8, then of the equals the left one; 0.99 may not be unmasked now
+    expected = torch.tensor([[0.9 * 0.8, 1.0, 0.9 * 0.8 * 0.5, 0.0, 0.9]])
+    torch.testing.assert_close(joint_confidence(confidence, legal), expected)
+    assert not joint_confidence(confidence, torch.zeros_like(legal)).any()
+
+
+def test_a_policy_that_reads_the_joint_confidence_tells_equals_apart_and_ignores_other_blocks():
+    policy, obs = small(joint=True), observation(6)
+    assert policy.in_keys == ("confidence", "mask", "time", "action_mask")
+    flat = {**obs, "confidence": torch.full_like(obs["confidence"], 0.5), "mask": torch.ones_like(obs["mask"])}
+    legal = flat["action_mask"].bool()
+    assert all(len(set(row[may].tolist())) == may.sum() for row, may in zip(call(policy, flat), legal, strict=True))
+    other = call(policy, {**obs, "action_mask": torch.ones_like(obs["action_mask"])})
+    assert not torch.allclose(call(policy, obs), other)  # what may be unmasked is what counts
+    told = small(joint=True, preference=True)
+    assert told.in_keys == ("confidence", "mask", "time", "action_mask", "preference")
+    slow, fast = (call(told, {**obs, "preference": torch.full((6, 1), wish)}) for wish in (0.0, 1.0))
+    assert not torch.allclose(slow, fast)

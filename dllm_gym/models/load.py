@@ -81,8 +81,8 @@ def load_dllm(
     The family is chosen by ``model_type`` in the raw ``config.json``; no code from a checkpoint is ever run.
 
     Args:
-        model: ``"tiny"`` or ``"tiny_shallow"`` (shipped), a local folder, a hub id (``owner/name``, optionally ``@revision``), or a DLLM,
-            which is returned as it is.
+        model: ``"tiny"`` or ``"tiny_shallow"`` (shipped), a local folder, a hub id (``owner/name``, optionally
+            ``@revision``), or a DLLM, which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
         device_map: spread the weights over several devices instead, as in transformers (``"auto"``, or module names
