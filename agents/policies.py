@@ -282,7 +282,8 @@ class DiTConfidence(Policy):
             blind to position, because the block starts as the identity: equally confident positions then begin with
             equal logits, and only chance tells them apart.
         preference: also read the ``preference`` of an environment with a range of alphas: one network for the whole
-            front, whose speed is a knob at decoding time. It is embedded and added as the time is.
+            front, whose speed is a knob at decoding time. It is embedded and added as the time is, and stands beside
+            the confidences, where it can move a threshold from the start.
         joint: also read :func:`joint_confidence` at every position. From it the entropy-bounded sampler's rule (stop
             when what was taken is unsure enough as a whole) is a threshold; from the confidences alone a network has to
             sort them first, and independent picks cannot tell equals apart.
@@ -322,7 +323,7 @@ class DiTConfidence(Policy):
             candidates=candidates,
         )
         self.time_period, self.joint = time_period, joint
-        self.input = nn.Linear(top_k + joint, width)
+        self.input = nn.Linear(top_k + joint + preference, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
         self.preference_mlp = _time_mlp(width) if preference else None
@@ -333,10 +334,12 @@ class DiTConfidence(Policy):
 
     def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor, *more: Tensor) -> Tensor:
         dtype = self.head.weight.dtype
-        seen = confidence[..., : self.top_k]
+        seen = [confidence[..., : self.top_k]]
         if self.joint:
-            seen = torch.cat([seen, joint_confidence(confidence[..., 0], more[0] != 0)[..., None]], dim=-1)
-        x = self.input(seen.to(dtype))  # (B, L, d)
+            seen.append(joint_confidence(confidence[..., 0], more[0] != 0)[..., None])
+        if self.preference_mlp is not None:
+            seen.append(more[-1][:, None].expand(*mask.shape, 1))
+        x = self.input(torch.cat(seen, dim=-1).to(dtype))  # (B, L, d)
         if self.place is not None:
             position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
             x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(dtype))
