@@ -327,8 +327,8 @@ Overrides of `scripts/train.py` and `scripts/evaluate.py` behind this page (`con
 
 ## Claims
 
-The verdicts are those against the heuristics of the two papers ({", ".join(PAPERS)}); each claim is also measured
-against every heuristic here, the EB-Sampler (eb) and KLASS included, which are younger and stronger.
+The verdicts are those against the papers' heuristics ({", ".join(PAPERS)}).
+Each claim is also measured against every heuristic here, the EB-Sampler (eb) and KLASS included.
 
 {claims_section(evidence.findings, evidence.notes)}
 ## Fronts
