@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_ADDED = {
-    "candidates": None,
-    "preference": False,
-    "joint": False,
-}  # settings younger than some stored policies, with what those meant
+# Settings younger than some stored policies, with what those meant.
+_ADDED = {"candidates": None, "preference": False, "joint": False}
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 _CARD = """---
 {{ card_data }}

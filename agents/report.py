@@ -310,7 +310,7 @@ def page(evidence: Evidence, fronts: str) -> str:
 
 Written by `scripts/reproduce.py` from its table, not by hand.{missing}
 {" or ".join(map(str, examples))} test examples; trainings with seeds {", ".join(map(str, seeds))};
-{jobs} jobs in {len(evidence.minutes)} session(s), {sum(evidence.minutes):.0f} minutes in all.
+{done} jobs in {len(evidence.minutes)} session(s), {sum(evidence.minutes):.0f} minutes in all.
 
 - Points of policies are means over seeds (± standard deviation over seeds). Intervals are 95 % bootstrap intervals over
   examples, averaged over seeds (the lower end is the exact binomial one where every example is solved).
