@@ -189,6 +189,10 @@ class Cell:
     def full_diffusion(self) -> bool:
         return self.env == "full_diffusion"
 
+    def alone(self, who: str) -> list[list[Row]]:
+        """The points of every training seed for itself; none where they were not kept."""
+        return list(group_by(self.seeds.get(who, []), "seed").values())
+
     def against(self, families: Collection[str]) -> Cell:
         """The same with these families of heuristics only."""
         return replace(self, heuristics={name: self.heuristics[name] for name in self.heuristics if name in families})
@@ -328,6 +332,9 @@ def quality(cell: Cell) -> list[Finding]:
         nfe = needed(pareto(points), target)
         most = max(p["accuracy"] for p in points)
         reach = f"reaches {target:.3f} at NFE {nfe:.2f}" if nfe < math.inf else f"stays below {target:.3f} ({most:.3f})"
+        alone = [needed(pareto(points), target) for points in cell.alone(who)]
+        if len(alone) > 1:
+            reach += f" (seeds alone: {', '.join(f'{x:.2f}' if x < math.inf else 'never' for x in alone)})"
         text = (
             f"{reach}; {best['family']}({best['setting']}) has {best['accuracy']:.3f} at "
             f"NFE {best['nfe']:.2f}; the first heuristic reaches {target:.3f} at NFE {anyone:.2f}"
@@ -367,11 +374,12 @@ def whole_front(cell: Cell) -> list[Finding]:
     own, union, rule = cell.area(conditioned), cell.area(policy), families[best]
     same = cell.area([p for p in conditioned if p["alpha"] in {q["alpha"] for q in policy}])
     strict = [cell.area(points, own=True) for points in (conditioned, policy, cell.heuristics[best])]
-    monotone, by_seed = falls(conditioned), group_by(cell.seeds["conditioned"], "seed").values()
+    monotone, by_seed = falls(conditioned), cell.alone("conditioned")
+    alone = ", ".join(f"{cell.area(points):.4f}" for points in by_seed)
     text = (
-        f"area {own:.4f} with {len(conditioned)} alphas, union of {len(policy)} separate ones {union:.4f} (ratio "
-        f"{own / union:.3f}; with their alphas only {same / union:.3f}), best heuristic {best} {rule:.4f} (without the "
-        f"shared first point {' / '.join(f'{a:.4f}' for a in strict)}); NFE "
+        f"area {own:.4f} with {len(conditioned)} alphas (seeds alone: {alone}), union of {len(policy)} separate ones "
+        f"{union:.4f} (ratio {own / union:.3f}; with their alphas only {same / union:.3f}), best heuristic {best} "
+        f"{rule:.4f} (without the shared first point {' / '.join(f'{a:.4f}' for a in strict)}); NFE "
         f"{'falls' if monotone else 'does not always fall'} as alpha rises ({sum(map(falls, by_seed))} of "
         f"{len(by_seed)} seeds)"
     )

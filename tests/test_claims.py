@@ -112,6 +112,13 @@ def test_the_quality_claim_compares_with_the_best_heuristic_and_names_the_first(
     assert not never.holds and "stays below 0.990 (0.900)" in never.text
 
 
+def test_the_quality_claim_also_says_what_each_seed_needs_alone():
+    place = cell((1, 5.5, 0.99))
+    place.seeds = {"policy": [{**p, "seed": seed} for seed, p in enumerate([point(5, 1.0), point(6, 0.98)])]}
+    (found,) = quality(place)
+    assert found.holds and "reaches 0.990 at NFE 5.50 (seeds alone: 5.00, never);" in found.text
+
+
 def test_the_claim_about_blocks_looks_at_every_bend_of_both_fronts():
     # lower ends: .18, .78 and 0.025 ** .01 = .9638 at 6; between them straight lines
     (found,) = blocks(cell((1, 6.0, 0.97), (3, 4.0, 0.79), env="semi_autoregressive"))
