@@ -70,7 +70,8 @@ class Evidence:
     Attributes:
         rows: the table. trainings: every finished training, in the table's order.
         minutes: wall-clock minutes of each session in which the jobs ran. jobs: how many are done, and of how many.
-        quick: table and minutes of the quick version, if it was run. notes: claim -> what is to be said about it.
+        quick: table and minutes of the quick version, if it was run. notes: claim,
+            or ``"transfer"``, -> what is to be said about it.
         settings: the overrides of the jobs, as YAML.
     """
 
@@ -310,7 +311,8 @@ def page(evidence: Evidence, fronts: str) -> str:
 
 Written by `scripts/reproduce.py` from its table, not by hand.{missing}
 {" or ".join(map(str, examples))} test examples; trainings with seeds {", ".join(map(str, seeds))};
-{done} jobs in {len(evidence.minutes)} session(s), {sum(evidence.minutes):.0f} minutes in all.
+{done} jobs in {len(evidence.minutes)} session(s), {sum(evidence.minutes):.0f} minutes in all
+(sessions side by side count one by one).
 
 - Points of policies are means over seeds (± standard deviation over seeds). Intervals are 95 % bootstrap intervals over
   examples, averaged over seeds (the lower end is the exact binomial one where every example is solved).
@@ -353,6 +355,6 @@ groups with equal rewards that are still there in the updates, after others were
 {training_table(evidence.trainings)}
 ## Transfer
 
-Policies moved, untouched, to what they were not trained on.
+Policies moved, untouched, to what they were not trained on. {evidence.notes.get("transfer") or ""}
 
 {transfer_table(transfers(evidence.rows))}"""
