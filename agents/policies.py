@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Settings younger than some stored policies, with what those meant.
-_ADDED = {"candidates": None, "preference": False, "joint": False}
+_ADDED = {"candidates": None, "preference": False, "joint": False, "odds": 0.0}
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
+_DOUBT = 1e-3  # log-odds see no more certainty than this: they end at +-6.9
 _CARD = """---
 {{ card_data }}
 ---
@@ -133,12 +134,16 @@ class Policy(
         """Features [B, L, width] from the entries ``reads``, each with one leading dimension."""
         raise NotImplementedError
 
+    def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
+        """What the head's logits are added to, [.., L] or the same everywhere: a rule that training departs from."""
+        return 0.0
+
     def forward(self, *observation: Tensor) -> Tensor:
         """Logits float32 [.., L] from the entries ``in_keys``."""
-        logits = self.head(self.features(*observation)).squeeze(-1).float()  # (.., L)
+        seen = dict(zip(self.in_keys, observation, strict=True))
+        logits = self.head(self.features(*observation)).squeeze(-1).float() + self.start(seen)  # (.., L)
         if self.candidates is None:
             return logits
-        seen = dict(zip(self.in_keys, observation, strict=True))
         return logits.where(self._most_confident(seen["confidence"][..., 0], seen["action_mask"] != 0), _NEVER)
 
     def _most_confident(self, confidence: Tensor, legal: Tensor) -> Tensor:
@@ -284,6 +289,9 @@ class DiTConfidence(Policy):
         joint: also read :func:`joint_confidence` at every position. From it the entropy-bounded sampler's rule (stop
             when what was taken is unsure enough as a whole) is a threshold; from the confidences alone a network has to
             sort them first, and independent picks cannot tell equals apart.
+        odds: weight, >= 0, with which the log-odds of the largest confidence are added to the logits. The policy then
+            begins as a soft confidence threshold and learns what to change about it; at 0 (LUP) it begins blind, and
+            first has to learn that confidence matters.
         candidates: see ``Policy``.
 
     Raises:
@@ -302,10 +310,13 @@ class DiTConfidence(Policy):
         absolute_positions: bool = False,
         preference: bool = False,
         joint: bool = False,
+        odds: float = 0.0,
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
         _check_positive(ffn=ffn, top_k=top_k, time_period=time_period)
+        if not 0 <= odds < float("inf"):
+            raise ValueError(f"odds={odds} is not valid: a finite weight >= 0")
         self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
         super().__init__(
             width=width,
@@ -317,9 +328,10 @@ class DiTConfidence(Policy):
             absolute_positions=absolute_positions,
             preference=preference,
             joint=joint,
+            odds=odds,
             candidates=candidates,
         )
-        self.time_period, self.joint = time_period, joint
+        self.time_period, self.joint, self.odds = time_period, joint, odds
         self.input = nn.Linear(top_k + joint + preference, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
@@ -345,6 +357,10 @@ class DiTConfidence(Policy):
             wish = sinusoid(more[-1], x.shape[-1], self.time_period).to(dtype)
             condition = condition + self.preference_mlp(wish)[:, None]
         return self.final_norm(self.block(x, condition, mask[..., None] != 0))
+
+    def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
+        confidence = seen["confidence"][..., 0].float()  # (.., L)
+        return self.odds * confidence.clamp(_DOUBT, 1 - _DOUBT).logit() if self.odds else 0.0
 
 
 class DiTHidden(Policy):

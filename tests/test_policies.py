@@ -52,6 +52,16 @@ def test_smart_init_is_slow_nearly_uniform_and_trainable_everywhere():
     assert (call(DiTConfidence(output_bias=0.5), obs) - 0.5).abs().max() < 1
 
 
+def test_with_odds_a_policy_starts_as_a_soft_threshold():
+    obs = observation(1, length=5)
+    obs["confidence"][0, :, 0] = torch.tensor([0.5, 0.9, 0.1, 1.0, 0.0])
+    started, blind = small(trained=False, odds=0.5), small(trained=False)
+    expected = torch.tensor([1, 3, 1 / 3, 999**0.5, 999**-0.5]).log()  # half the log-odds; certainty ends at 0.999
+    torch.testing.assert_close((call(started, obs) - call(blind, obs))[0], expected, atol=1e-4, rtol=0)
+    call(started, obs).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in started.parameters() if p.grad is not None)
+
+
 def test_leading_dimensions_are_rows():
     policy, obs = small(), observation(3, 4)
     logits = call(policy, obs)
@@ -116,7 +126,7 @@ def test_reads_the_first_top_k_confidences_and_refuses_fewer():
         call(policy, observation(2, k=1))
 
 
-@pytest.mark.parametrize("settings", [{"width": 30}, {"heads": 0}, {"top_k": 0}, {"time_period": 0.0}])
+@pytest.mark.parametrize("settings", [{"width": 30}, {"heads": 0}, {"top_k": 0}, {"time_period": 0.0}, {"odds": -1}])
 def test_invalid_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         DiTConfidence(**settings)
