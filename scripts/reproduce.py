@@ -177,8 +177,8 @@ def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
     own = cfg.training[place.task][place.env]
     warm_start = list(cfg.warm_start[place.task][place.env])
     recipes = [("policy", alpha, [f"reward.alpha={alpha}"]) for alpha in cfg.alphas]
-    if cfg.training.conditioned:
-        recipes.append(("conditioned", None, [*cfg.training.conditioned, knob(cfg)]))
+    if conditioned := cfg.training.conditioned:
+        recipes.append(("conditioned", None, [*conditioned.all, *conditioned[place.task][place.env], knob(cfg)]))
     starts, policies = [], []
     for seed in cfg.seeds:
         common, base = [*place.settings(cfg), *cfg.training.all, f"seed={seed}"], None
