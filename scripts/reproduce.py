@@ -318,7 +318,8 @@ def tail(path: Path, lines: int = 15) -> str:
 @hydra.main(version_base=None, config_path="../conf", config_name="reproduce")
 def main(cfg: DictConfig) -> None:
     jobs = plan(cfg)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stopping in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell script's background job inherits it ignored
+        signal.signal(stopping, signal.default_int_handler)
     try:
         failed = session(cfg, jobs) if cfg.run else []
     except KeyboardInterrupt:
