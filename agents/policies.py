@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Settings younger than some stored policies, with what those meant.
-_ADDED = {"candidates": None, "preference": False, "joint": False, "odds": 0.0}
+_ADDED = {"candidates": None, "preference": False, "joint": False, "odds": 0.0, "haste": 0.0}
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 _DOUBT = 1e-3  # log-odds see no more certainty than this: they end at +-6.9
 _CARD = """---
@@ -292,6 +292,8 @@ class DiTConfidence(Policy):
         odds: weight, >= 0, with which the log-odds of the largest confidence are added to the logits. The policy then
             begins as a soft confidence threshold and learns what to change about it; at 0 (LUP) it begins blind, and
             first has to learn that confidence matters.
+        haste: weight, >= 0, with which the preference (0: quality, 1: speed) is added to the logits; needs
+            ``preference``. The knob then moves the speed from the start, and with ``odds`` it moves the threshold.
         candidates: see ``Policy``.
 
     Raises:
@@ -311,12 +313,16 @@ class DiTConfidence(Policy):
         preference: bool = False,
         joint: bool = False,
         odds: float = 0.0,
+        haste: float = 0.0,
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
         _check_positive(ffn=ffn, top_k=top_k, time_period=time_period)
-        if not 0 <= odds < float("inf"):
-            raise ValueError(f"odds={odds} is not valid: a finite weight >= 0")
+        for name, weight in (("odds", odds), ("haste", haste)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}={weight} is not valid: a finite weight >= 0")
+        if haste and not preference:
+            raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
         self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
         super().__init__(
             width=width,
@@ -329,9 +335,10 @@ class DiTConfidence(Policy):
             preference=preference,
             joint=joint,
             odds=odds,
+            haste=haste,
             candidates=candidates,
         )
-        self.time_period, self.joint, self.odds = time_period, joint, odds
+        self.time_period, self.joint, self.odds, self.haste = time_period, joint, odds, haste
         self.input = nn.Linear(top_k + joint + preference, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
@@ -359,8 +366,11 @@ class DiTConfidence(Policy):
         return self.final_norm(self.block(x, condition, mask[..., None] != 0))
 
     def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
-        confidence = seen["confidence"][..., 0].float()  # (.., L)
-        return self.odds * confidence.clamp(_DOUBT, 1 - _DOUBT).logit() if self.odds else 0.0
+        start: Tensor | float = 0.0
+        if self.odds:
+            confidence = seen["confidence"][..., 0].float()  # (.., L)
+            start = self.odds * confidence.clamp(_DOUBT, 1 - _DOUBT).logit()
+        return start + self.haste * seen["preference"].float() if self.haste else start
 
 
 class DiTHidden(Policy):

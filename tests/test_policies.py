@@ -62,6 +62,15 @@ def test_with_odds_a_policy_starts_as_a_soft_threshold():
     assert all(torch.isfinite(p.grad).all() for p in started.parameters() if p.grad is not None)
 
 
+def test_with_haste_the_preference_moves_the_threshold_from_the_start():
+    obs = observation(3, length=5) | {"preference": torch.tensor([[0.0], [0.5], [1.0]])}
+    settings = {"trained": False, "preference": True, "odds": 1.0}
+    moved = call(small(haste=4.0, **settings), obs) - call(small(**settings), obs)
+    torch.testing.assert_close(moved, torch.tensor([[0.0], [2.0], [4.0]]).expand(3, 5))
+    with pytest.raises(ValueError, match="preference"):
+        small(haste=1.0)
+
+
 def test_leading_dimensions_are_rows():
     policy, obs = small(), observation(3, 4)
     logits = call(policy, obs)
@@ -126,7 +135,9 @@ def test_reads_the_first_top_k_confidences_and_refuses_fewer():
         call(policy, observation(2, k=1))
 
 
-@pytest.mark.parametrize("settings", [{"width": 30}, {"heads": 0}, {"top_k": 0}, {"time_period": 0.0}, {"odds": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"width": 30}, {"heads": 0}, {"top_k": 0}, {"time_period": 0.0}, {"odds": -1}, {"haste": -1}]
+)
 def test_invalid_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         DiTConfidence(**settings)
