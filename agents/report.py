@@ -317,7 +317,7 @@ Written by `scripts/reproduce.py` from its table, not by hand.{missing}
 - Points of policies are means over seeds (± standard deviation over seeds). Intervals are 95 % bootstrap intervals over
   examples, averaged over seeds (the lower end is the exact binomial one where every example is solved).
 - Of greedy and sampled decoding the one counts that earned more reward on the *validation* split, mean over seeds.
-  Nothing is chosen on the test split.
+  That choice does not look at the test split.
 - A front joins the points that no other of its family beats by straight lines in NFE. Left of its first point it reads
   0, right of its last one the best accuracy holds. "Best heuristic" at an NFE: the family whose front is highest there.
 
