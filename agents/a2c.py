@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torchrl.objectives import A2CLoss as TorchRLA2CLoss
 
 from agents.actor_critic import ActorCritic, make_critic
-from agents.algorithm import scale
 from agents.losses import Descent, EpisodeMean
 from agents.reinforce import entropy_settings
+from dllm_gym.checks import number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -49,7 +49,7 @@ class A2C(ActorCritic):
     ):
         if descent.get("epochs", 1) != 1:
             raise ValueError(f"epochs={descent['epochs']} is not valid: A2C takes one step per round; use ppo")
-        if not scale("critic_scale", critic_scale):
+        if not number("critic_scale", critic_scale, least=0):
             raise ValueError("critic_scale=0 is not valid: advantages need a critic that learns")
         critic = make_critic(actor)
         loss = A2CLoss(

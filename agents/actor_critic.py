@@ -9,8 +9,9 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from agents.advantages import generalized_advantage
-from agents.algorithm import Algorithm, flag
+from agents.algorithm import Algorithm
 from agents.losses import Descent, in_chunks, pack
+from dllm_gym.checks import flag, number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -66,8 +67,7 @@ class ActorCritic(Algorithm):
         normalize: bool,
     ):
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r} is not valid: it must be in [0, 1]")
+            number(name, value, least=0, most=1)
         super().__init__(actor, descent)
         self.critic, self.gamma, self.lmbda = critic, gamma, lmbda
         self.normalize = flag("normalize", normalize)

@@ -76,20 +76,6 @@ class Algorithm:
         self.descent.load_state_dict(state)
 
 
-def flag(name: str, value: bool) -> bool:
-    """``value`` if it is a truth value (YAML's bare words ``no`` and ``off`` arrive here as texts)."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not valid: true or false")
-    return value
-
-
-def scale(name: str, value: float) -> float:
-    """``value`` if it is a finite weight of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name}={value!r} is not valid: a finite weight >= 0")
-    return float(value)
-
-
 def per_step(value: Tensor, batch: TensorDictBase) -> Tensor:
     """A value per episode [E] as TorchRL wants advantages: [E, T, 1]."""
     return value[:, None, None].expand(*batch.shape, 1)

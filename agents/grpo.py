@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
-from agents.algorithm import Algorithm, flag, per_step, scale
+from agents.algorithm import Algorithm, per_step
 from agents.losses import Descent, GRPOLoss, ReferenceKL, Sum, in_chunks, log_likelihood, pack
+from dllm_gym.checks import flag, number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -47,7 +48,7 @@ class GRPO(Algorithm):
         kl_scale: float = 0.0,
         **descent: Any,
     ):
-        scale("kl_scale", kl_scale)
+        number("kl_scale", kl_scale, least=0)
         self.normalize = flag("normalize", normalize)
         loss: nn.Module = GRPOLoss(
             actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False
@@ -83,9 +84,13 @@ def share(chosen: Tensor) -> float:
 
 def check_clip(clip_epsilon: float | Sequence[float]) -> float | tuple[float, float]:
     """``clip_epsilon`` in the form that TorchRL takes; ValueError if it is out of range."""
-    single = isinstance(clip_epsilon, int | float)
+    single = isinstance(clip_epsilon, int | float) and not isinstance(clip_epsilon, bool)
     pair = (clip_epsilon, clip_epsilon) if single else clip_epsilon
-    numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(e, int | float) for e in pair)
+    numbers = (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(e, int | float) and not isinstance(e, bool) for e in pair)
+    )
     if not numbers or not 0 < pair[0] < 1 or not 0 < pair[1] < (1 if single else float("inf")):
         raise ValueError(f"clip_epsilon={clip_epsilon!r} is not valid: in (0, 1), or a pair [low in (0, 1), high > 0]")
     return float(pair[0]) if single else (float(pair[0]), float(pair[1]))

@@ -27,6 +27,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dllm_gym.checks import number, whole
+
 Observation = Mapping[str, Tensor]
 
 
@@ -96,9 +98,7 @@ class PerStep(Rule):
     label: str
 
     def __init__(self, k: int = 1):
-        if k < 1 or k != int(k):
-            raise ValueError(f"k={k} is not valid for {self.label}: positions per step, an integer >= 1")
-        self.k = int(k)
+        self.k = whole("k", k)
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         return first_k(self.score(observation, noise), legal, self.k)
@@ -174,8 +174,7 @@ class Threshold(Rule):
     """
 
     def __init__(self, threshold: float = 0.9):
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold} is not valid: a probability in [0, 1]")
+        number("threshold", threshold, least=0, most=1)
         self.threshold = threshold
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
@@ -198,9 +197,7 @@ class Factor(Rule):
     """
 
     def __init__(self, factor: float = 1.0):
-        if not 0 < factor < float("inf"):
-            raise ValueError(f"factor={factor} is not valid: a finite number > 0")
-        self.factor = float(factor)
+        self.factor = number("factor", factor, above=0)
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         confidence = observation["confidence"][..., 0]
@@ -226,9 +223,7 @@ class EntropyBounded(Rule):
     """
 
     def __init__(self, gamma: float = 0.1):
-        if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma={gamma} is not valid: nats, a finite number >= 0")
-        self.gamma = float(gamma)
+        self.gamma = number("gamma", gamma, least=0)
 
     @property
     def requires(self) -> dict[str, int]:
@@ -260,13 +255,9 @@ class Klass(Rule):
     """
 
     def __init__(self, confidence: float = 0.9, kl: float = 0.01, history: int = 2):
-        if not 0 <= confidence <= 1:
-            raise ValueError(f"confidence={confidence} is not valid: a probability in [0, 1]")
-        if not kl > 0:
-            raise ValueError(f"kl={kl} is not valid: nats, a number > 0")
-        if history < 1 or history != int(history):
-            raise ValueError(f"history={history} is not valid: a number of steps, an integer >= 1")
-        self.confidence, self.kl, self.history = confidence, kl, int(history)
+        number("confidence", confidence, least=0, most=1)
+        number("kl", kl, above=0)
+        self.confidence, self.kl, self.history = confidence, kl, whole("history", history)
 
     @property
     def requires(self) -> dict[str, int]:
@@ -301,9 +292,7 @@ class Blockwise(Rule):
     """
 
     def __init__(self, rule: Rule, block_length: int = 32):
-        if block_length < 1 or block_length != int(block_length):
-            raise ValueError(f"block_length={block_length} is not valid: positions per block, an integer >= 1")
-        self.rule, self.block_length = rule, int(block_length)
+        self.rule, self.block_length = rule, whole("block_length", block_length)
 
     @property
     def requires(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import ClipPPOLoss
 
-from dllm_gym.unmasking import positive
+from dllm_gym.checks import number, whole
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -160,14 +161,16 @@ class Descent:
         max_grad_norm: float = 0.2,
         chunk: int | None = None,
     ):
-        positive("epochs", epochs)
-        if not isinstance(max_grad_norm, int | float) or not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} is not valid: it must be > 0")
+        whole("epochs", epochs)
+        if max_grad_norm != math.inf:  # which clips nothing
+            number("max_grad_norm", max_grad_norm, above=0)
         if chunk is not None:
-            positive("chunk", chunk)
+            whole("chunk", chunk)
         self.loss, self.epochs, self.max_grad_norm, self.chunk = loss, epochs, max_grad_norm, chunk
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.optimizer = optimizer(self.parameters)
+        for group in self.optimizer.param_groups:
+            number("optimizer.lr", float(group["lr"]), least=0)
         self.scheduler = scheduler(self.optimizer) if scheduler else None
 
     def run(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agents.distributions import UnmaskDistribution
+from dllm_gym.checks import flag, number, whole
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -72,8 +73,8 @@ class Policy(
         super().__init__()
         self.settings = {**settings, "candidates": candidates}
         self.candidates = candidates
-        if candidates is not None and candidates < 1:
-            raise ValueError(f"candidates={candidates} is not valid: a number of positions >= 1, or null for all")
+        if candidates is not None:
+            whole("candidates", candidates)
         extra = () if candidates is None else ("confidence", "action_mask")
         self.in_keys = tuple(dict.fromkeys((*self.reads, *extra)))
         self.top_k: int = settings.get("top_k", int("confidence" in self.in_keys))
@@ -241,7 +242,7 @@ def smart_head(width: int, output_bias: float) -> nn.Linear:
     """
     head = nn.Linear(width, 1)
     nn.init.normal_(head.weight, std=0.02 * min(1.0, (128 / width) ** 0.5))
-    nn.init.constant_(head.bias, output_bias)
+    nn.init.constant_(head.bias, number("output_bias", output_bias))
     return head
 
 
@@ -317,10 +318,13 @@ class DiTConfidence(Policy):
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
-        _check_positive(ffn=ffn, top_k=top_k, time_period=time_period)
+        _check_counts(ffn=ffn, top_k=top_k)
+        number("time_period", time_period, above=0)
         for name, weight in (("odds", odds), ("haste", haste)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name}={weight} is not valid: a finite weight >= 0")
+            number(name, weight, least=0)
+        switches = {"absolute_positions": absolute_positions, "preference": preference, "joint": joint}
+        for name, switch in switches.items():
+            flag(name, switch)
         if haste and not preference:
             raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
         self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
@@ -408,7 +412,8 @@ class DiTHidden(Policy):
     ):
         width = _check_hidden_size(hidden_size)
         _check_heads("hidden_size", width, heads)
-        _check_positive(ffn=ffn, time_period=time_period)
+        _check_counts(ffn=ffn)
+        number("time_period", time_period, above=0)
         super().__init__(
             hidden_size=width,
             ffn=ffn,
@@ -473,7 +478,7 @@ class UPOPolicy(Policy):
     ):
         hidden_size = _check_hidden_size(hidden_size)
         _check_heads("hidden_size", hidden_size, heads)
-        _check_positive(width=width, ffn=ffn, top_k=top_k)
+        _check_counts(width=width, ffn=ffn, top_k=top_k)
         super().__init__(
             hidden_size=hidden_size,
             width=width,
@@ -518,7 +523,7 @@ class MLPPolicy(Policy):
     """
 
     def __init__(self, *, width: int = 128, top_k: int = 1, output_bias: float = -2.0, candidates: int | None = None):
-        _check_positive(width=width, top_k=top_k)
+        _check_counts(width=width, top_k=top_k)
         super().__init__(width=width, top_k=top_k, output_bias=output_bias, candidates=candidates)
         self.mlp = nn.Sequential(nn.Linear(top_k + 2, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.head = smart_head(width, output_bias)
@@ -529,14 +534,13 @@ class MLPPolicy(Policy):
         return self.mlp(x.to(self.head.weight.dtype))
 
 
-def _check_positive(**settings: float) -> None:
+def _check_counts(**settings: int) -> None:
     for name, value in settings.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} is not valid: it must be > 0")
+        whole(name, value)
 
 
 def _check_heads(name: str, width: int, heads: int) -> None:
-    if heads < 1 or width < 1 or width % (2 * heads):
+    if whole(name, width) % (2 * whole("heads", heads)):
         raise ValueError(f"{name}={width} is not valid with heads={heads}: a multiple of 2 * heads is (rotary halves)")
 
 
@@ -655,8 +659,7 @@ def make_actor(
 
 def check_temperature(temperature: float) -> float:
     """``temperature`` if logits can be divided by it; ValueError otherwise."""
-    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature!r} is not valid: a finite number > 0, logits are divided by it")
+    number("temperature", temperature, above=0)
     return temperature
 
 

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from torchrl.objectives import ClipPPOLoss
 
 from agents.actor_critic import ActorCritic, make_critic
-from agents.algorithm import scale
 from agents.grpo import check_clip
 from agents.losses import Descent, EpisodeMean
 from agents.reinforce import entropy_settings
+from dllm_gym.checks import number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -47,7 +47,7 @@ class PPO(ActorCritic):
         normalize: bool = True,
         **descent: Any,
     ):
-        if not scale("critic_scale", critic_scale):
+        if not number("critic_scale", critic_scale, least=0):
             raise ValueError("critic_scale=0 is not valid: advantages need a critic that learns")
         critic = make_critic(actor)
         loss = PPOLoss(

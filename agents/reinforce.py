@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torchrl.objectives import PPOLoss
 
 from agents.advantages import leave_one_out_advantage
-from agents.algorithm import Algorithm, per_step, scale
+from agents.algorithm import Algorithm, per_step
 from agents.losses import Descent, EpisodeMean, pack
+from dllm_gym.checks import number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -66,7 +67,7 @@ class Reinforce(Algorithm):
 
 def entropy_settings(entropy_scale: float, actor: ProbabilisticActor) -> dict[str, Any]:
     """The entropy bonus in the words of TorchRL's losses."""
-    scale("entropy_scale", entropy_scale)
+    number("entropy_scale", entropy_scale, least=0)
     distribution = actor[-1].distribution_class
     if entropy_scale and distribution.entropy is Distribution.entropy:
         # TorchRL would estimate it from samples, a value without a useful gradient.

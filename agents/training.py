@@ -19,7 +19,7 @@ from agents.advantages import group_advantage
 from agents.algorithm import Algorithm
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Episodes, Results, join, play_groups
-from dllm_gym.unmasking import positive
+from dllm_gym.checks import whole
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 CHECKPOINT = "checkpoint"  # folder of a run that holds the policy and the trainer's state
@@ -65,7 +65,7 @@ class Collector:
     def __post_init__(self) -> None:
         self.equal_groups = 0.0
         for name in ("prompts_per_round", "group_size", "max_batches"):
-            positive(name, getattr(self, name))
+            whole(name, getattr(self, name))
 
     def collect(self, algorithm: Algorithm, policy: PolicyDecider) -> Episodes:
         """The next round's episodes, played by the algorithm's players."""

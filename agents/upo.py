@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
-from agents.algorithm import Algorithm, flag, per_step, scale
+from agents.algorithm import Algorithm, per_step
 from agents.distributions import OnePosition
 from agents.grpo import check_clip, share
 from agents.heuristics import first_k
 from agents.losses import Descent, GRPOLoss, Likelihood, Sum, in_chunks, log_likelihood, pack
+from dllm_gym.checks import flag, number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -92,9 +93,7 @@ class Softmax(Divergence):
     """
 
     def __init__(self, temperature: float = 0.05):
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} is not valid for the softmax reference: it must be > 0")
-        self.temperature = temperature
+        self.temperature = number("temperature", temperature, above=0)
 
     def log_prob(self, steps: TensorDictBase) -> Tensor:
         return OnePosition(steps["confidence"][..., 0], steps["action_mask"], self.temperature).log_prob(
@@ -155,7 +154,7 @@ class UPO(Algorithm):
     ):
         if not issubclass(actor[-1].distribution_class, OnePosition):
             raise ValueError("UPO chooses one position per step: use distribution=one_position")
-        scale("beta", beta)
+        number("beta", beta, least=0)
         reference.check(actor[0].module)
         self.beta = beta
         self.reference, self.normalize = reference, flag("normalize", normalize)

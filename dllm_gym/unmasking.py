@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dllm_gym.batches import upload
+from dllm_gym.checks import flag, number, whole
 from dllm_gym.dealer import EMPTY
 from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.noise import fold, uniform
@@ -141,20 +142,6 @@ def default(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
 
-def positive(name: str, value: int, least: int = 1) -> int:
-    """``value`` if it is a whole number of at least ``least``; a ValueError that names the setting otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}={value!r}: need a whole number of at least {least}")
-    return int(value)
-
-
-def switch(name: str, value: bool) -> bool:
-    """``value`` if it is a bool (or 0 or 1); a ValueError that names the setting otherwise."""
-    if not isinstance(value, bool | int | np.bool_) or value not in (0, 1):
-        raise ValueError(f"{name}={value!r}: need True or False")
-    return bool(value)
-
-
 def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """A call in a thread of its own (a pool of threads would not survive a fork of the process)."""
     future: Future[Any] = Future()
@@ -169,6 +156,7 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+MOST_LANES = 1 << 20  # a lane is a row of tensors: beyond this a typing error, not a batch
 ALPHA = 1 << 40  # the place in an episode's random stream from which its alpha is drawn; no step comes there
 
 # What a committed position reads in the optional observation entries.
@@ -192,35 +180,34 @@ class Unmasking:
     """
 
     def __init__(self, num_lanes: int, config: EnvConfig):
-        self.B = positive("num_envs", num_lanes)
+        self.B = whole("num_envs", num_lanes, most=MOST_LANES)
         self.alphas = AlphaRange.of(config.alpha)
         if self.alphas is not None and callable(config.reward):
             raise ValueError(f"alpha={config.alpha!r}: a reward of your own is called without an alpha, give a number")
         alpha: Any = config.alpha if self.alphas is None else self.alphas.low
         self.reward_name, self.reward = config.reward, make_reward(config.reward, alpha)
         self.task = make_task(config.task)
-        self.L = positive("gen_length", default(config.gen_length, self.task.gen_length))
-        self.block_length = positive("block_length", default(config.block_length, self.L))
+        self.L = whole("gen_length", default(config.gen_length, self.task.gen_length))
+        self.block_length = whole("block_length", default(config.block_length, self.L))
         if self.L % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide gen_length={self.L}")
-        self.max_steps = positive("max_episode_steps", default(config.max_episode_steps, self.L))
-        if not isinstance(config.temperature, int | float) or not 0 <= config.temperature < float("inf"):
-            raise ValueError(f"temperature={config.temperature!r}: need a finite number >= 0")
+        self.max_steps = whole("max_episode_steps", default(config.max_episode_steps, self.L))
+        number("temperature", config.temperature, least=0)
         self.sampling = Sampling(
-            positive("top_k", config.top_k),
+            whole("top_k", config.top_k),
             float(config.temperature),
-            hidden=switch("hidden", config.hidden),
-            entropy=switch("entropy", config.entropy),
-            margin=switch("margin", config.margin),
-            log_prob=positive("kl", config.kl, least=0) > 0,
+            hidden=flag("hidden", config.hidden),
+            entropy=flag("entropy", config.entropy),
+            margin=flag("margin", config.margin),
+            log_prob=whole("kl", config.kl, least=0) > 0,
         )
         self.dllm = load_dllm(config.model, config.device, config.dtype)
         if self.sampling.top_k > self.dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
         self.examples = self._within(self.task.examples(config.split).to_list(), config.max_prompt_length)
         self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
-        self.stop_at_eos = switch("stop_at_eos", config.stop_at_eos)
-        self.lookahead = switch("lookahead", config.lookahead)
+        self.stop_at_eos = flag("stop_at_eos", config.stop_at_eos)
+        self.lookahead = flag("lookahead", config.lookahead)
         if config.kl and not self.lookahead:
             raise ValueError(f"lookahead=False: the divergences of kl={config.kl} need the predictions of every step")
         self._allocate(config)
@@ -230,7 +217,7 @@ class Unmasking:
         self.dropped = 0
         if most is None:
             return examples
-        positive("max_prompt_length", most)
+        whole("max_prompt_length", most)
         kept = [example for example in examples if len(self.dllm.encode(self.task.prompt(example))) <= most]
         self.dropped = len(examples) - len(kept)
         if not kept:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dllm_gym import render
 from dllm_gym.batches import upload
+from dllm_gym.checks import whole
 from dllm_gym.dealer import Dealer
-from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking, positive
+from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking
 
 FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
 
@@ -118,7 +119,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         except ValueError:
             choices = ", ".join(mode.value for mode in AutoresetMode)
             raise ValueError(f"autoreset_mode={autoreset_mode!r} is not known: choose one of {choices}") from None
-        self.num_envs = positive("num_envs", num_envs)
+        self.num_envs = whole("num_envs", num_envs)
         self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
         self.core = Unmasking(self.num_envs, EnvConfig.of(settings))
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}

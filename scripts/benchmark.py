@@ -46,9 +46,9 @@ from agents.heuristics import Threshold
 from agents.policies import PolicyDecider
 from agents.rollout import Decider, Results, evaluate
 from agents.training import Collector, Prompts
+from dllm_gym.checks import whole
 from dllm_gym.models import DLLM
 from dllm_gym.predictions import Work
-from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 EXACT = "none"  # the setting of ``cache`` that gives the plain loop's tokens and NFE
@@ -226,14 +226,14 @@ def training_rounds(workload: Workload, cfg: DictConfig, device: torch.device) -
 
 def check_settings(cfg: DictConfig) -> None:
     """ValueError for a setting that makes no sense, before any work."""
-    positive("repeats", cfg.repeats)
+    whole("repeats", cfg.repeats)
     for name in cfg.measure:
         if name not in cfg.workloads:
             raise ValueError(f"measure={name!r}: choose among the workloads {', '.join(cfg.workloads)}")
         own = cfg.workloads[name]
         for count in ("num_envs", "prompts", "group_size", *OPTIONAL):
             if own[count] is not None or count not in OPTIONAL:
-                positive(f"workloads.{name}.{count}", own[count])
+                whole(f"workloads.{name}.{count}", own[count])
 
 
 def deciders(cfg: DictConfig, device: torch.device) -> dict[str, Decider]:

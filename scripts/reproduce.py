@@ -32,7 +32,7 @@ from agents.claims import LEARNED, read_results, read_table, write_table
 from agents.evaluation import Row
 from agents.report import Evidence, read_training, write_page
 from agents.training import checkpoint_of
-from dllm_gym.unmasking import positive
+from dllm_gym.checks import whole
 
 SCRIPTS = Path(__file__).parent
 LOG, SESSIONS = "log.txt", "sessions.csv"
@@ -131,7 +131,7 @@ class Place:
 
 def plan(cfg: DictConfig) -> list[Job]:
     """Every job, in the order of the table; each stands behind the one that it builds on."""
-    positive("workers", cfg.workers)
+    whole("workers", cfg.workers)
     if not set(cfg.transfer.families) <= set(LEARNED):
         raise ValueError(f"transfer.families={cfg.transfer.families}: a list of {', '.join(LEARNED)}; [] for none")
     jobs, policies = [], {}

@@ -17,10 +17,10 @@ from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Decider, evaluate
 from agents.training import checkpoint_of
+from dllm_gym.checks import whole
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
 from dllm_gym.rewards import AlphaRange
-from dllm_gym.unmasking import positive
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 CONFIG = "config.yaml"  # a run's resolved configuration
@@ -30,7 +30,7 @@ COUNTS, FLAGS = ("top_k", "kl"), ("hidden", "entropy", "margin")  # the environm
 def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
     """Threads, the run folder with the resolved configuration in it, and the device."""
     if cfg.threads is not None:
-        torch.set_num_threads(positive("threads", cfg.threads))
+        torch.set_num_threads(whole("threads", cfg.threads))
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     device = check_device(wanted)
     run = Path(HydraConfig.get().runtime.output_dir)
@@ -150,13 +150,13 @@ def take_over(cfg: DictConfig, trained: DictConfig) -> None:
 def check_evaluation(cfg: DictConfig) -> None:
     """ValueError for an evaluation that could not be done, before any work."""
     settings = cfg.evaluation
-    positive("evaluation.num_envs", settings.num_envs)
+    whole("evaluation.num_envs", settings.num_envs)
     if settings.examples is not None:
-        positive("evaluation.examples", settings.examples)
+        whole("evaluation.examples", settings.examples)
     if not isinstance(settings.seeds, ListConfig) or not settings.seeds:
         raise ValueError(f"evaluation.seeds={settings.seeds}: need a list of whole numbers, e.g. [42,43,44]")
     for seed in settings.seeds:
-        positive("evaluation.seeds", seed, least=0)
+        whole("evaluation.seeds", seed, least=0)
 
 
 def load_policy(run: str | Path, setting: str = "checkpoint") -> tuple[Policy, DictConfig]:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from agents.algorithm import Algorithm
 from agents.policies import Policy, PolicyDecider, make_actor
 from agents.training import Collector, Metrics, Prompts, read_rounds, resume, save_checkpoint
-from dllm_gym.unmasking import positive
+from dllm_gym.checks import whole
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 FREE = ("rounds", "num_envs", "checkpoint_every", "device", "threads", "evaluation", "heuristics", "logger", "resume")
@@ -177,10 +177,10 @@ def warm_start(cfg: DictConfig, policy: Policy) -> None:
 def check_settings(cfg: DictConfig) -> None:
     """ValueError for a count that is none, before any work."""
     for name in ("rounds", "prompts_per_round", "num_envs", "checkpoint_every"):
-        positive(name, cfg[name])
+        whole(name, cfg[name])
     for name in ("group_size", "max_batches"):
-        positive(f"agent.{name}", cfg.agent[name])
-    positive("seed", cfg.seed, least=0)
+        whole(f"agent.{name}", cfg.agent[name])
+    whole("seed", cfg.seed, least=0)
     check_evaluation(cfg)
 
 

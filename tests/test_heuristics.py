@@ -335,5 +335,5 @@ def test_names_and_families():
     ],
 )
 def test_invalid_settings_raise(make):
-    with pytest.raises(ValueError, match="not valid"):
+    with pytest.raises(ValueError, match="need a"):
         make()

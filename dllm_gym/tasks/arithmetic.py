@@ -6,7 +6,8 @@ import math
 import random
 from collections.abc import Mapping
 
-from dllm_gym.tasks.base import Example, ProceduralTask, whole
+from dllm_gym.checks import whole
+from dllm_gym.tasks.base import Example, ProceduralTask
 
 BLOCK = 12  # tokens: L is a multiple of it, so that semi-autoregressive blocks fit
 
@@ -35,7 +36,11 @@ class Arithmetic(ProceduralTask):
         self, min_operations: int = 1, max_operations: int = 4, seed: int = 0, sizes: Mapping[str, int] | None = None
     ):
         super().__init__(seed, sizes)
-        if not 1 <= whole("min_operations", min_operations) <= whole("max_operations", max_operations):
+        if (
+            not 1
+            <= whole("min_operations", min_operations, least=0)
+            <= whole("max_operations", max_operations, least=0)
+        ):
             raise ValueError(
                 f"min_operations={min_operations}, max_operations={max_operations}: "
                 "need 1 <= min_operations <= max_operations"

@@ -8,6 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dllm_gym.checks import seed as check_seed
+from dllm_gym.checks import whole
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -68,13 +71,14 @@ class ProceduralTask(Task):
     """
 
     def __init__(self, seed: int = 0, sizes: Mapping[str, int] | None = None):
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
+        if sizes is not None and not isinstance(sizes, Mapping):
+            raise ValueError(f"sizes={sizes!r}: need numbers of examples by split, such as {{'train': 1000}}")
         self.sizes = {"train": 10_000, "validation": 2_000, "test": 2_000, **(sizes or {})}
         for split, size in self.sizes.items():
             if split not in SPLITS:
                 raise ValueError(f"sizes names the split {split!r}: choose among {', '.join(SPLITS)}")
-            if whole(f"sizes[{split!r}]", size) < 1:
-                raise ValueError(f"sizes[{split!r}]={size!r}: need a whole number of at least 1")
+            whole(f"sizes[{split!r}]", size)
         self._splits: dict[str, Dataset] = {}
 
     @abstractmethod
@@ -136,10 +140,3 @@ def split_of(prompt: str) -> str:
     """The split that a prompt of a procedural task belongs to."""
     bucket = zlib.crc32(prompt.encode()) % 10
     return {0: "test", 1: "validation"}.get(bucket, "train")
-
-
-def whole(name: str, value: Any) -> int:
-    """``value`` if it is a whole number; a ValueError that names the setting otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r}: need a whole number of at least 0")
-    return value

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dllm_gym.checks import choice, flag, number, whole
 from dllm_gym.prompt import Chat
-from dllm_gym.tasks.base import SPLITS, Example, Task, whole
+from dllm_gym.tasks.base import SPLITS, Example, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -169,18 +170,12 @@ class DatasetTask(Task):
         held_out: float = 0.1,
     ):
         self.data = data
-        self.shots = whole("shots", shots)
-        if self.shots < 0:
-            raise ValueError(f"shots={shots!r}: need a whole number of at least 0")
-        self.gen_length = at_least_one("gen_length", type(self).gen_length if gen_length is None else gen_length)
-        self.max_prompt_chars = None if max_prompt_chars is None else at_least_one("max_prompt_chars", max_prompt_chars)
+        self.shots = whole("shots", shots, least=0)
+        self.gen_length = whole("gen_length", type(self).gen_length if gen_length is None else gen_length)
+        self.max_prompt_chars = None if max_prompt_chars is None else whole("max_prompt_chars", max_prompt_chars)
         self.style = self._choose(prompt_style)
-        if not isinstance(prefilled, bool):
-            raise ValueError(f"prefilled={prefilled!r} is not valid: choose True or False")
-        self.prefilled = prefilled
-        if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 <= held_out <= 0.4:
-            raise ValueError(f"held_out={held_out!r}: need a share between 0 and 0.4")
-        self.held_out = float(held_out)
+        self.prefilled = flag("prefilled", prefilled)
+        self.held_out = number("held_out", held_out, least=0, most=0.4)
         self.dropped: dict[str, int] = {}
         self._sources = self._locate(data)
         self._rows: dict[str, list[Row]] = {}  # per source, prepared
@@ -240,9 +235,7 @@ class DatasetTask(Task):
             return style
         if style is None:
             return next(iter(self.styles.values()))
-        if not isinstance(style, str) or style not in self.styles:
-            raise ValueError(f"prompt_style={style!r} is not known: choose one of {', '.join(self.styles)}")
-        return self.styles[style]
+        return self.styles[choice("prompt_style", style, self.styles)]
 
     # ---- splits ----
 
@@ -439,10 +432,3 @@ def cell(row: Row, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value or not str(value).strip():
         raise ValueError(f"the column {column!r} holds {value!r}: need a text")
     return str(value).strip()
-
-
-def at_least_one(name: str, value: Any) -> int:
-    """``value`` if it is a whole number of at least 1; a ValueError that names the setting otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: need a whole number of at least 1")
-    return value

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dllm_gym.checks import whole
 from dllm_gym.tasks.base import SPLITS, Example, Task
-from dllm_gym.tasks.dataset import at_least_one
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +59,7 @@ class Mixture(Task):
             )
         self.weights = None if weights is None else self._check(weights)
         largest = max(task.gen_length for task in self.tasks.values())
-        self.gen_length = largest if gen_length is None else at_least_one("gen_length", gen_length)
+        self.gen_length = largest if gen_length is None else whole("gen_length", gen_length)
         self.name = name or "_".join(self.tasks)
         self._members: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self._splits: dict[str, Dataset] = {}

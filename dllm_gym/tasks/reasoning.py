@@ -8,8 +8,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dllm_gym.tasks.base import Example, ProceduralTask, whole
-from dllm_gym.tasks.dataset import STYLES, PromptStyle, at_least_one
+from dllm_gym.checks import choice, whole
+from dllm_gym.tasks.base import Example, ProceduralTask
+from dllm_gym.tasks.dataset import STYLES, PromptStyle
 from dllm_gym.tasks.grading import tagged
 from dllm_gym.tasks.workers import Pool, puzzles
 
@@ -61,11 +62,15 @@ class ReasoningGym(ProceduralTask):
         sizes: Mapping[str, int] | None = None,
     ):
         super().__init__(seed, {"train": 2000, "validation": 200, "test": 500, **(sizes or {})})
-        if not isinstance(prompt_style, PromptStyle) and prompt_style not in STYLES:
-            raise ValueError(f"prompt_style={prompt_style!r} is not known: choose one of {', '.join(STYLES)}")
-        self.style = prompt_style if isinstance(prompt_style, PromptStyle) else STYLES[prompt_style]
+        if not isinstance(prompt_style, PromptStyle):
+            prompt_style = STYLES[choice("prompt_style", prompt_style, STYLES)]
+        self.style = prompt_style
+        if not isinstance(dataset, str):
+            raise ValueError(f"dataset={dataset!r}: need the name of a generator")
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options={options!r}: need the generator's settings, such as {{'min_empty': 4}}")
         self.dataset, self.options = dataset, {"seed": 0, "size": ITEMS, **(options or {})}
-        self.gen_length = at_least_one("gen_length", gen_length)
+        self.gen_length = whole("gen_length", gen_length)
         self.items = whole("options['size']", self.options["size"])
         self._generator: Any = None
 

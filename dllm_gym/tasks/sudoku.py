@@ -6,7 +6,8 @@ import random
 from collections.abc import Mapping
 from itertools import permutations
 
-from dllm_gym.tasks.base import Example, ProceduralTask, whole
+from dllm_gym.checks import whole
+from dllm_gym.tasks.base import Example, ProceduralTask
 
 BLANK = "."
 UNITS = (
@@ -63,7 +64,7 @@ class Sudoku(ProceduralTask):
         self, min_givens: int = 0, max_givens: int = 12, seed: int = 0, sizes: Mapping[str, int] | None = None
     ):
         super().__init__(seed, sizes)
-        if not 0 <= whole("min_givens", min_givens) <= whole("max_givens", max_givens) <= 16:
+        if not 0 <= whole("min_givens", min_givens, least=0) <= whole("max_givens", max_givens, least=0) <= 16:
             raise ValueError(
                 f"min_givens={min_givens}, max_givens={max_givens}: need 0 <= min_givens <= max_givens <= 16"
             )
