@@ -14,6 +14,7 @@ windows of whole blocks of the model, from the one in which a token may have cha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dllm_gym.batches import Batching, upload
+from dllm_gym.models.attention import ATTENTION
 from dllm_gym.models.base import DLLM
 
 KINDS = ("prefix", "dual")
-ATTENTION = ("sdpa", "sdpa_rope_float32")  # those that take a bool mask of queries by keys
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class BlockCache:
             raise ValueError(f"cache={kind!r} is not valid: choose 'none', 'prefix' or 'dual'")
         if view is None:
             raise ValueError(f"cache={kind!r}: a {type(dllm).__name__} has no keys and values to keep, choose 'none'")
+        backbone: Any = dllm.backbone
+        backbone.set_attn_implementation(ATTENTION)  # a forward without lanes computes what it did before
         self.dllm, self.kind, self.view = dllm, kind, view
         self.L, self.block_length = length, block_length
         self.exact = view.block is not None
@@ -148,8 +151,8 @@ class BlockCache:
             input_ids=tokens[row, place],
             attention_mask=sees[:, None],
             position_ids=position,
-            past_key_values=Lanes(self, lane, place, width),
             use_cache=False,
+            lanes=Lanes(self, lane, place, width),
         ).last_hidden_state
         target = slot + self.L + self.view.shift  # (c, q)
         predicts = (slot >= -begin) & (target >= 0) & (target < self.L)
@@ -167,7 +170,7 @@ class BlockCache:
 
 @dataclass(frozen=True)
 class Lanes:
-    """The lanes of one forward, in the place of transformers' own cache: its attention layers call ``update``.
+    """The lanes of one forward: every layer's attention calls ``update``.
 
     Attributes:
         cache: where keys and values lie.
@@ -180,23 +183,19 @@ class Lanes:
     place: Tensor
     width: int
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Store new keys and values, each [c, heads, q, size]; returns all of them, each [c, heads, K, size]."""
         store = self.cache.layer(layer, value)
         lane, place = self.lane.to(store.device), self.place.to(store.device)
-        new = torch.stack([key.to(value.dtype), value])  # rope_float32 gives float32 keys
+        new = torch.stack([key, value])
         store[:, lane, place] = new.transpose(2, 3)
         keys, values = store[:, lane[:, 0], -self.width :].transpose(2, 3)
         return keys, values
-
-    def get_seq_length(self, *_: object) -> int:
-        """Masks and positions are given: transformers has nothing to count."""
-        return 0
 
 
 def view_of(dllm: DLLM) -> View | None:
     """What the class that computes the hidden states says of them; None when there is nothing that a cache can use."""
     own = next(kind for kind in type(dllm).__mro__ if "_hidden" in vars(kind))
-    if getattr(dllm.backbone.config, "_attn_implementation", None) not in ATTENTION:
+    if getattr(dllm.backbone.config, "_attn_implementation", None) not in ("sdpa", ATTENTION):
         return None
     return View() if own is DLLM else vars(own).get("view")

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dllm_gym.models.attention import ATTENTION
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
 
@@ -101,9 +100,6 @@ def llada_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-ROPE_FLOAT32 = "sdpa_rope_float32"  # our name of the attention that takes queries and keys in float32
-
-
 class Float32Rope(nn.Module):
     """cos and sin in float32: the rotation, which multiplies them with half-precision queries, is then float32 too."""
 
@@ -115,19 +111,10 @@ class Float32Rope(nn.Module):
         return self.rope(hidden[..., :1].float(), position_ids)  # of the hidden states only dtype and device count
 
 
-def rope_float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
-    """Scaled dot-product attention after a float32 rotation, in the dtype of the values."""
-    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
-
-
-AttentionInterface.register(ROPE_FLOAT32, rope_float32_attention)
-AttentionMaskInterface.register(ROPE_FLOAT32, sdpa_mask)
-
-
 def load(checkpoint: Checkpoint) -> DLLM:
     """The loader of ``llada``."""
     rope_float32 = checkpoint.settings.rope_float32
-    arguments = {"attn_implementation": ROPE_FLOAT32} if rope_float32 else {}
+    arguments = {"attn_implementation": ATTENTION} if rope_float32 else {}
     network = checkpoint.weights(
         LlamaForCausalLM, llama_config(checkpoint.config), key_mapping=key_mapping(NAMES), **arguments
     )
