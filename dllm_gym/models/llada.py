@@ -70,6 +70,8 @@ def llama_config(raw: dict[str, Any]) -> LlamaConfig:
     """
     require(raw, "LLaDA", **REQUIRED)
     require_fields(raw, *SIZES, *([] if raw.get("embedding_size") else ["vocab_size"]))
+    if raw["d_model"] % raw["n_heads"]:
+        raise ValueError(f"config.json: d_model={raw['d_model']} is no multiple of n_heads={raw['n_heads']}")
     config = LlamaConfig(
         vocab_size=raw.get("embedding_size") or raw["vocab_size"],
         hidden_size=raw["d_model"],

@@ -124,7 +124,7 @@ def load(checkpoint: Checkpoint) -> DLLM:
     """The loader of every ``model_type`` for which transformers has a masked language model."""
     raw = checkpoint.config
     kind = CONFIG_MAPPING[raw["model_type"]]
-    if raw.get("is_encoder_decoder", kind.is_encoder_decoder):
+    if raw.get("is_encoder_decoder", kind().is_encoder_decoder):
         raise ValueError(f"model_type={raw['model_type']!r} is an encoder-decoder: only encoders are supported")
     refuse_defaults(raw, kind)
     config = kind.from_dict(network_fields(raw))
