@@ -8,7 +8,6 @@ right of its last one the best accuracy holds (who may take more forwards need n
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation import Row, accuracy_at, atomically
+from agents.evaluation import Row, accuracy_at, read_rows
+from agents.files import atomically
 
 LABELS = ("task", "env", "world", "trained_on", "kind", "family", "setting", "alpha", "seed", "decode", "split")
 MEASURED = ("accuracy", "accuracy_low", "accuracy_high", "nfe", "nfe_low", "nfe_high", "reward")
@@ -40,7 +40,7 @@ def read_results(folder: Path, labels: Mapping[str, Any]) -> list[Row]:
             heuristic; decoding and, where the policy is told it, alpha) is added.
     """
     rows = []
-    for result in json.loads((folder / "results.json").read_text()):
+    for result in read_rows(folder / "results.json", (*MEASURED, "examples")):
         row = {**dict.fromkeys(COLUMNS), **{name: result[name] for name in (*MEASURED, "examples")}, **labels}
         if policy := POLICY.fullmatch(result["name"]):
             row["decode"], row["alpha"] = policy[1], float(policy[2] or labels["alpha"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from agents.evaluation import read_rows
+from agents.files import read
+from agents.strangers import read_config, read_overrides
 
 MEASURED = ("accuracy", "nfe", "reward", "episodes", "row_forwards", "minutes")
 # Settings that change how fast a run is or what is written about it, not what it learns.
-ASIDE = ("seed", "resume", "device", "threads", "checkpoint_every", "heuristics", "logger")
+ASIDE = ("seed", "resume", "device", "threads", "checkpoint_every", "checkpoint_minutes", "checkpoints", "trust")
+ASIDE += ("heuristics", "logger")
 
 
 @dataclass
@@ -54,11 +59,14 @@ def read_runs(folders: Iterable[str | Path], evaluated: str) -> list[Run]:
 
 
 def read_run(folder: Path, evaluated: str) -> Run:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    seed = config["seed"]
+    config = read_config(folder / "config.yaml")
+    read(folder / "config.yaml")  # is what its manifest says
+    seed = config.get("seed")
+    if not isinstance(seed, int):
+        raise ValueError(f"{folder / 'config.yaml'} has no seed: it is of no run of scripts/train.py")
     overrides = folder / ".hydra" / "overrides.yaml"
-    lines = yaml.safe_load(overrides.read_text()) if overrides.exists() else []
-    pairs = (line.lstrip("+~").partition("=") for line in lines or [])
+    lines = read_overrides(overrides) if overrides.exists() else []
+    pairs = (line.lstrip("+~").partition("=") for line in lines)
     choices = {name: value for name, _, value in pairs if name.partition(".")[0] not in ASIDE}
     outcome = {name: value for name, value in config.items() if name not in ASIDE}
     return Run(folder, seed, outcome, choices, measure(folder, evaluated))
@@ -66,23 +74,31 @@ def read_run(folder: Path, evaluated: str) -> Run:
 
 def measure(folder: Path, evaluated: str) -> dict[str, float]:
     """Accuracy, NFE and reward of a run's policy, and what its training took."""
-    rows = json.loads((folder / "results.json").read_text())
-    row = max(
-        (
-            mean_of([row for row in rows if row["name"].startswith(f"policy({how}")])
-            for how in ("greedy", "sampled")
-            if evaluated in (how, "best")
-        ),
-        key=lambda row: row["reward"],
-    )
-    with (folder / "metrics.csv").open(newline="") as file:
-        rounds = list(csv.DictReader(file))
-    total = {name: sum(float(r[name]) for r in rounds) for name in ("episodes", "row_forwards", "seconds")}
+    path = folder / "results.json"
+    rows = read_rows(path, ("accuracy", "nfe", "reward"))
+    means = []
+    for how in ("greedy", "sampled") if evaluated == "best" else (evaluated,):
+        own = [row for row in rows if row["name"].startswith(f"policy({how}")]
+        if not own:
+            raise ValueError(f"{path} holds no policy({how}): it is of no run of scripts/train.py")
+        means.append(mean_of(own))
+    row = max(means, key=lambda row: row["reward"])
+    total = totals(folder / "metrics.csv", ("episodes", "row_forwards", "seconds"))
     return {
         **{name: row[name] for name in ("accuracy", "nfe", "reward")},
         **{name: total[name] for name in ("episodes", "row_forwards")},
         "minutes": total["seconds"] / 60,
     }
+
+
+def totals(path: Path, names: Sequence[str]) -> dict[str, float]:
+    """Sums over the rounds of a metrics.csv."""
+    text = read(path)
+    try:
+        rounds = list(csv.DictReader(io.StringIO(text), strict=True))
+        return {name: sum(float(r[name]) for r in rounds) for name in names}
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: it lacks a number for {', '.join(names)} ({error})") from error
 
 
 def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from agents.files import noted, read
 from agents.rollout import Decider, Results, evaluate
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
@@ -101,7 +101,7 @@ def comparison(rows: Sequence[Row], family: str = "threshold", policy: str = "po
 
 
 def save_report(rows: Sequence[Row], folder: Path, title: str) -> None:
-    """Write results.json, results.csv and results.png; each appears whole or not at all."""
+    """Write results.csv, results.png and, last, results.json; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def write_csv(path: Path) -> None:
@@ -110,16 +110,30 @@ def save_report(rows: Sequence[Row], folder: Path, title: str) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    atomically(folder / "results.csv", write_csv)
-    atomically(folder / "results.json", lambda path: path.write_text(json.dumps(list(rows), indent=2) + "\n"))
-    atomically(folder / "results.png", lambda path: plot(rows, path, title))
+    noted(folder / "results.csv", write_csv)
+    noted(folder / "results.png", lambda path: plot(rows, path, title))
+    noted(folder / "results.json", lambda path: path.write_text(json.dumps(list(rows), indent=2) + "\n"))
 
 
-def atomically(path: Path, write) -> None:
-    """Let ``write`` fill a temporary neighbour, then put it in place of ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    write(temporary)
-    os.replace(temporary, path)
+def read_rows(path: Path, numbers: Sequence[str]) -> list[Row]:
+    """The rows of a results.json; every one has a ``name`` and these ``numbers``.
+
+    Raises:
+        ValueError: there is no such file, or it is something else.
+    """
+    try:
+        rows = json.loads(read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no results: it is no list of rows")
+    for row in rows:
+        for name in numbers:
+            if isinstance(row.get(name), bool) or not isinstance(row.get(name), int | float):
+                raise ValueError(f"{path} holds no results: {name}={row.get(name)!r} in a row is no number")
+        if not isinstance(row.get("name"), str):
+            raise ValueError(f"{path} holds no results: a row has no name")
+    return rows
 
 
 # Okabe and Ito's palette, apart for colour-blind eyes; one shape per family as well.

@@ -26,7 +26,8 @@ from agents.claims import (
     verdict,
     words,
 )
-from agents.evaluation import COLOURS, MARKERS, Row, atomically
+from agents.evaluation import COLOURS, MARKERS, Row
+from agents.files import atomically, read
 
 # Shares of a metrics.csv and what they were in the logs of an independent run of the LUP reference.
 WASTE = {"empty_steps": 0.39, "equal_groups": 0.52, "idle_lanes": 0.17}
@@ -59,8 +60,8 @@ class Training:
 
 def read_training(folder: Path, labels: Mapping[str, Any]) -> Training:
     """A run's metrics.csv."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return Training(labels, [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)])
+    rounds = csv.DictReader(read(folder / "metrics.csv").splitlines())
+    return Training(labels, [{k: float(v) for k, v in row.items() if v} for row in rounds])
 
 
 @dataclass

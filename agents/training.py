@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from agents.advantages import group_advantage
 from agents.algorithm import Algorithm
+from agents.checkpoints import CONFIG, METRICS, POLICY, STATE, Checkpoint, Checkpoints
+from agents.files import noted, read
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Episodes, Results, join, play_groups
 from dllm_gym.checks import whole
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
-
-CHECKPOINT = "checkpoint"  # folder of a run that holds the policy and the trainer's state
 
 
 class Prompts:
@@ -102,13 +102,15 @@ def episode_metrics(results: Sequence[Results]) -> dict[str, float]:
     }
 
 
-def read_rounds(run: str | Path, count: int) -> list[dict[str, str]]:
-    """The first ``count`` rounds in a run's metrics.csv."""
-    path = Path(run) / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["round"]) < count]
+def read_rounds(path: Path, count: int) -> tuple[list[dict[str, str]], list[int]]:
+    """The first ``count`` rounds in a metrics.csv, and which of them are missing there (all, if it cannot be read)."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read(path)), strict=True))
+    except (ValueError, csv.Error):
+        rows = []
+    known = {row["round"]: row for row in rows if row.get("round") and None not in row and None not in row.values()}
+    there = [number for number in range(count) if str(number) in known]
+    return [known[str(number)] for number in there], sorted(set(range(count)) - set(there))
 
 
 class Metrics:
@@ -122,14 +124,13 @@ class Metrics:
     def __init__(self, path: Path, bar: tqdm, logger: Any, before: Sequence[dict[str, Any]] = ()):
         self.path, self.bar, self.logger = path, bar, logger
         self.rows = list(before)
-        self._write(self.rows, "w")
+        self._write()
 
     def log(self, round_: int, results: Sequence[Results], update: Mapping[str, float]) -> None:
         """Add a round; ``update`` holds the algorithm's own metrics."""
         row = {"round": round_, **episode_metrics(results), **update}
-        known = self.columns()
         self.rows.append(row)
-        self._write(*(([row], "a") if known == self.columns() else (self.rows, "w")))
+        self._write()
         self.bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "accuracy", "nfe")})
         for name, value in row.items() if self.logger else ():
             self.logger.log_scalar(name, value, step=round_)
@@ -138,49 +139,63 @@ class Metrics:
         """Every metric that some round had (rounds without a gradient step have fewer)."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
-        with self.path.open(mode, newline="") as file:
+    def _write(self) -> None:
+        noted(self.path, self._write_to)
+
+    def _write_to(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns())
-            if mode == "w" and rows:
+            if self.rows:
                 writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
 
-def save_checkpoint(run: Path, policy: Policy, algorithm: Algorithm, progress: dict[str, int]) -> None:
-    """Replace the run's checkpoint; a crash on the way leaves the one before."""
-    new, old = run / f"{CHECKPOINT}.new", run / f"{CHECKPOINT}.old"
-    shutil.rmtree(new, ignore_errors=True)
-    policy.save_pretrained(new / "policy")
-    torch.save({**progress, "algorithm": algorithm.state_dict()}, new / "trainer.pt")
-    if (run / CHECKPOINT).exists():
-        shutil.rmtree(old, ignore_errors=True)
-        (run / CHECKPOINT).rename(old)
-    new.rename(run / CHECKPOINT)
-    shutil.rmtree(old, ignore_errors=True)
+@dataclass
+class Saver:
+    """Saves the checkpoints of a run.
+
+    Attributes:
+        run: its folder. keep: how many stay, besides the best one. validate: gives the policy's mean reward on the
+            validation split; None: no checkpoint is known to be the best.
+        last: rounds that were done at the last one; None: there is none in this folder.
+    """
+
+    run: Path
+    policy: Policy
+    algorithm: Algorithm
+    keep: int
+    validate: Callable[[], float] | None = None
+    last: int | None = None
+
+    def save(self, progress: Mapping[str, int]) -> None:
+        """Save ``rounds`` and ``prompts`` of ``progress``, the policy and all that the algorithm needs to go on."""
+
+        def write(folder: Path) -> None:
+            self.policy.save_pretrained(folder / POLICY)
+            torch.save({**progress, "algorithm": self.algorithm.state_dict()}, folder / STATE)
+            for name in (CONFIG, METRICS):
+                shutil.copyfile(self.run / name, folder / name)
+
+        if progress["rounds"] != self.last:
+            reward = None if self.validate is None else self.validate()
+            Checkpoints(self.run).save(progress["rounds"], write, self.keep, reward)
+            self.last = progress["rounds"]
 
 
-def checkpoint_of(run: str | Path) -> Path:
-    """Where a run's checkpoint lies: a crash while one is replaced leaves the one before beside it.
+def load_state(checkpoint: Checkpoint | None, algorithm: Algorithm, device: torch.device) -> dict[str, int]:
+    """Load the state of a run; returns how many ``rounds`` it has done and ``prompts`` it has taken.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: it does not fit, or is none.
     """
-    for path in (Path(run) / CHECKPOINT, Path(run) / f"{CHECKPOINT}.old"):
-        if (path / "trainer.pt").is_file():
-            return path
-    raise ValueError(f"{str(run)!r} holds no {CHECKPOINT}: give a run folder of scripts/train.py")
-
-
-def resume(folder: str | None, algorithm: Algorithm, device: torch.device) -> dict[str, int]:
-    """Load the state of a run; returns how many ``rounds`` it has done and ``prompts`` it has taken."""
-    if folder is None:
+    if checkpoint is None:
         return {"rounds": 0, "prompts": 0}
+    path = checkpoint.path / STATE
     try:
-        path = checkpoint_of(folder) / "trainer.pt"
         state = torch.load(path, map_location=device, weights_only=True)
+        progress = {name: whole(name, state[name], least=0) for name in ("rounds", "prompts")}
         algorithm.load_state_dict(state["algorithm"])
-        return {name: state[name] for name in ("rounds", "prompts")}
-    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise ValueError(
-            f"resume={folder!r}: its state does not fit the policy and agent of this run: {error}"
-        ) from error
+    except Exception as error:  # a file that anybody may have made goes wrong in any way
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: its state does not fit the policy and agent of this run: {reason}") from error
+    return progress

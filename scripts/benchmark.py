@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,12 +37,13 @@ from meters import Stopwatch, now, timed
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from run_folder import RunFolder
 from shared import make_policy, prepare, requirements
 from torch import Tensor
 from train import make_learner
 from workloads import Workload
 
-from agents.evaluation import atomically
+from agents.files import atomically
 from agents.heuristics import Threshold
 from agents.policies import PolicyDecider
 from agents.rollout import Decider, Results, evaluate
@@ -312,10 +314,8 @@ def print_step(console: Console, workload: Workload, figures: Figures) -> None:
         console.print(rows_table("exponents when one size of the prediction step is doubled", rows))
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="benchmark")
-def main(cfg: DictConfig) -> None:
-    check_settings(cfg)
-    run, device = prepare(cfg)
+def measure_all(cfg: DictConfig, device: torch.device, run: Path) -> None:
+    """Measure, print and write every chosen workload."""
     console = Console(width=200)
     measured: dict[str, Figures] = {name: {"cases": {}} for name in cfg.measure}
 
@@ -336,6 +336,16 @@ def main(cfg: DictConfig) -> None:
             console.print(f"a round of training, {episodes} episodes: {spread(figures['training seconds'])} s")
         save()
     console.print(f"written: {run}/benchmark.json", highlight=False)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="benchmark")
+def main(cfg: DictConfig) -> None:
+    check_settings(cfg)
+    device = prepare(cfg)
+    with RunFolder(cfg) as run:
+        run.refuse_another_run()
+        run.begin()
+        measure_all(cfg, device, run.path)
 
 
 if __name__ == "__main__":

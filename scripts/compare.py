@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.comparison import as_numbers, as_text, over_seeds, read_runs
-from agents.evaluation import atomically
+from agents.files import atomically
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from run_folder import RunFolder, load_policy
 from shared import (
     check_evaluation,
     heuristics,
-    load_policy,
     make_evaluation_envs,
     policy_deciders,
     prepare,
@@ -30,17 +30,17 @@ def main(cfg: DictConfig) -> None:
     deciders = heuristics(cfg)
     if cfg.checkpoint is None and (cfg.temperature is not None or not deciders):
         raise ValueError("checkpoint=null: nothing to evaluate but heuristics, and they have no temperature")
+    device = prepare(cfg)
     if cfg.checkpoint is not None:
-        policy, trained = load_policy(cfg.checkpoint)
+        policy, trained = load_policy(cfg.checkpoint, cfg)
         take_over(cfg, trained)
         if cfg.temperature is not None:
             trained.distribution.evaluate_temperature = cfg.temperature
         settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": cfg.evaluation}
-        deciders = {**policy_deciders(policy, OmegaConf.create(settings)), **deciders}
-    run, device = prepare(cfg)
-    if cfg.checkpoint is not None:
-        policy.to(device)
-    report(cfg, make_evaluation_envs(cfg, device, deciders), deciders, run, Console())
+        deciders = {**policy_deciders(policy.to(device), OmegaConf.create(settings)), **deciders}
+    with RunFolder(cfg) as run:
+        run.refuse_another_run()
+        report(cfg, make_evaluation_envs(cfg, device, deciders), deciders, run, Console())
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@ python scripts/plot.py results=outputs/train/2026-01-01_12-00-00/results.json pi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, ListConfig
 
-from agents.evaluation import atomically, plot
+from agents.evaluation import plot, read_rows
+from agents.files import atomically
+
+DRAWN = ("accuracy", "accuracy_low", "accuracy_high", "nfe", "nfe_low", "nfe_high")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="plot")
 def main(cfg: DictConfig) -> None:
     paths = cfg.results if isinstance(cfg.results, ListConfig) else [cfg.results]
-    rows = [row for path in paths for row in json.loads(Path(path).read_text())]
+    rows = [row for path in paths for row in read_rows(Path(path), DRAWN)]
     unique = {(row["name"], row["nfe"], row["accuracy"]): row for row in rows}  # heuristics that several runs share
     atomically(Path(cfg.picture), lambda path: plot(list(unique.values()), path, cfg.title))
     print(f"written: {cfg.picture}")

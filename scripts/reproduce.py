@@ -28,10 +28,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from agents.checkpoints import CONFIG
 from agents.claims import LEARNED, read_results, read_table, write_table
 from agents.evaluation import Row
 from agents.report import Evidence, read_training, write_page
-from agents.training import checkpoint_of
+from agents.strangers import Allowed, read_config
 from dllm_gym.checks import whole
 
 SCRIPTS = Path(__file__).parent
@@ -73,12 +74,10 @@ class Job:
         return (self.folder / "results.json").exists()  # appears last, and whole
 
     def command(self) -> list[str]:
-        """A training that was broken off goes on from its checkpoint, with the settings that it has saved."""
+        """A training that was broken off goes on from its checkpoint."""
         command = [sys.executable, str(SCRIPTS / f"{self.script}.py"), f"hydra.run.dir={self.folder}", "threads=1"]
-        if self.script == "train" and has_checkpoint(self.folder):
-            return [*command, f"resume={self.folder}"]
         if self.script == "train":
-            command.append(CHUNK)
+            command += [CHUNK, "resume=auto", "checkpoints.validation=null"]  # the last policy counts here
         setting = "agent.warm_start" if self.script == "train" else "checkpoint"
         return [*command, *self.settings, *([f"{setting}={self.base.folder}"] if self.base else [])]
 
@@ -101,13 +100,6 @@ class Job:
                 start_new_session=True,  # Ctrl-C is for this script, which passes it on
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-
-
-def has_checkpoint(run: Path) -> bool:
-    try:
-        return checkpoint_of(run).is_dir()
-    except ValueError:
-        return False
 
 
 # The plan
@@ -301,8 +293,9 @@ def report(cfg: DictConfig, jobs: Sequence[Job]) -> None:
 
 def length(run: Path) -> int:
     """L of a run."""
-    cfg = OmegaConf.load(run / "config.yaml")
-    return cfg.env.gen_length or hydra.utils.instantiate(cfg.task).gen_length
+    saved = read_config(run / CONFIG)
+    Allowed().check(saved, run / CONFIG)
+    return saved["env"]["gen_length"] or hydra.utils.instantiate(saved["task"]).gen_length
 
 
 def quick_version(folder: Path) -> tuple[list[Row], float] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -11,32 +10,27 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from run_folder import RunFolder
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Decider, evaluate
-from agents.training import checkpoint_of
 from dllm_gym.checks import whole
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
 from dllm_gym.rewards import AlphaRange
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
-CONFIG = "config.yaml"  # a run's resolved configuration
 COUNTS, FLAGS = ("top_k", "kl"), ("hidden", "entropy", "margin")  # the environment's observation settings
 
 
-def prepare(cfg: DictConfig) -> tuple[Path, torch.device]:
-    """Threads, the run folder with the resolved configuration in it, and the device."""
+def prepare(cfg: DictConfig) -> torch.device:
+    """Sets torch's threads; returns the device."""
     if cfg.threads is not None:
         torch.set_num_threads(whole("threads", cfg.threads))
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    device = check_device(wanted)
-    run = Path(HydraConfig.get().runtime.output_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run / CONFIG, resolve=True)
-    return run, device
+    return check_device(wanted)
 
 
 def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
@@ -159,42 +153,18 @@ def check_evaluation(cfg: DictConfig) -> None:
         whole("evaluation.seeds", seed, least=0)
 
 
-def load_policy(run: str | Path, setting: str = "checkpoint") -> tuple[Policy, DictConfig]:
-    """The policy that a run saved, and the run's configuration.
-
-    Args:
-        setting: which one names the run, for the error.
-
-    Raises:
-        ValueError: the folder is no run of scripts/train.py with a checkpoint.
-    """
-    cfg = load_config(run, setting)
-    try:
-        policy_class = hydra.utils.get_class(cfg.policy._target_)
-        return policy_class.from_pretrained(checkpoint_of(run) / "policy").eval(), cfg
-    except ValueError as error:
-        raise ValueError(f"{setting}={str(run)!r}: {error}") from None
-
-
-def load_config(run: str | Path, setting: str) -> DictConfig:
-    """The resolved configuration of a run; ValueError if the folder has none."""
-    path = Path(run) / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{setting}={str(run)!r}: {path} does not exist; give a run folder of scripts/train.py")
-    return OmegaConf.load(path)
-
-
 def report(
-    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], run: Path, console: Any
+    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], run: RunFolder, console: Any
 ) -> list[Row]:
     """Evaluate, print the table, write results.{json,csv,png} into the run folder."""
     settings = cfg.evaluation
     rows = evaluate_rows(envs, deciders, range(settings.examples), settings.seeds)
+    run.begin()  # an evaluation that was broken off leaves nothing
     core = envs.core
     title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
     console.print(table(rows, title))
     for sentence in comparison(rows):
         console.print(sentence, highlight=False)
-    save_report(rows, run, title)
-    console.print(f"written: {run}/results.json, results.csv, results.png", highlight=False)
+    save_report(rows, run.path, title)
+    console.print(f"written: {run.path}/results.json, results.csv, results.png", highlight=False)
     return rows

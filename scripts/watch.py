@@ -9,7 +9,8 @@ from __future__ import annotations
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from shared import load_policy, make_envs, policy_deciders, prepare, requirements, take_over
+from run_folder import load_policy
+from shared import make_envs, policy_deciders, prepare, requirements, take_over
 
 from dllm_gym.dealer import check_example
 from dllm_gym.noise import fold, uniform
@@ -20,12 +21,12 @@ from dllm_gym.render import Viewer, pixels
 def main(cfg: DictConfig) -> None:
     decider = hydra.utils.instantiate(cfg.decider)
     if cfg.checkpoint is not None:
-        policy, trained = load_policy(cfg.checkpoint)
+        policy, trained = load_policy(cfg.checkpoint, cfg)
         take_over(cfg, trained)
         settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": {"alphas": [cfg.alpha]}}
         greedy, sampled = policy_deciders(policy, OmegaConf.create(settings)).values()
         decider = greedy if cfg.greedy else sampled
-    _, device = prepare(cfg)
+    device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy.to(device)
     envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements([decider]))

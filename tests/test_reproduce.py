@@ -25,16 +25,16 @@ from pathlib import Path
 
 settings = dict(text.split("=", 1) for text in sys.argv[1:])
 run = Path(settings.pop("hydra.run.dir"))
-if "resume" in settings:
+done = run / "checkpoint" / "trainer.pt"
+if settings.pop("resume", None) == "auto" and done.exists():
     settings = json.loads((run / "settings.json").read_text())
 (run / "settings.json").write_text(json.dumps(settings))
 with (run / "starts").open("a") as file:
-    file.write("resumed\\n" if "resume=" in " ".join(sys.argv) else "fresh\\n")
+    file.write("resumed\\n" if done.exists() else "fresh\\n")
 if settings.get("seed") == "13":
     sys.exit("thirteen is not lucky")
 asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append(1))
-done = run / "checkpoint" / "trainer.pt"
 for round in range(int(done.read_text()) if done.exists() else 0, 6):
     time.sleep(float(os.environ["ROUND"]))
     with (run / "rounds").open("a") as file:

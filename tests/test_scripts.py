@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_training_leaves_everything_a_user_needs(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.yaml", "metrics.csv", "checkpoint", "results.json", "results.csv", "results.png"} <= names
+    assert {"config.yaml", "metrics.csv", "checkpoints", "results.json", "results.csv", "results.png"} <= names
     with (trained / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["round"] for row in rows] == ["0", "1"]
@@ -90,33 +91,47 @@ def test_a_checkpoint_evaluates_like_the_run_that_made_it(trained, tmp_path):
 
 def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path, monkeypatch):
     settings = ["evaluation.examples=4", "evaluation.seeds=[42]", "heuristics=none", "temperature=0.5"]
-    call("evaluate", tmp_path, f"checkpoint={trained}", *settings, "task=arithmetic", "env.block_length=12")
-    used = (tmp_path / "config.yaml").read_text()
+    call("evaluate", tmp_path / "a", f"checkpoint={trained}", *settings, "task=arithmetic", "env.block_length=12")
+    used = (tmp_path / "a" / "config.yaml").read_text()
     assert "arithmetic.Arithmetic" in used and "block_length: 12" in used
     assert "alpha: 2.5" in used  # not named above: the run's own
-    call("evaluate", tmp_path, f"checkpoint={trained}", *settings[:3], "env.temperature=0.5", "reward.alpha=3")
-    used = (tmp_path / "config.yaml").read_text()
+    call("evaluate", tmp_path / "b", f"checkpoint={trained}", *settings[:3], "env.temperature=0.5", "reward.alpha=3")
+    used = (tmp_path / "b" / "config.yaml").read_text()
     assert "temperature: 0.5" in used and "alpha: 3" in used and "max_givens: 8" in used  # the rest of the group stays
 
 
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
     half = tmp_path / "half"
     call("train", half, *SMALL, "rounds=1")
+    as_an_earlier_version_left_it(half)
     saved = yaml.safe_load((half / "config.yaml").read_text())
     for group, setting in (("evaluation", "alphas"), ("env", "cache"), ("policy", "preference")):
         del saved[group][setting]  # as a run saved it before these settings were there
     (half / "config.yaml").write_text(yaml.safe_dump(saved))
     call("train", half, f"resume={half}", "rounds=2", "env=full_diffusion")  # with the run's own settings
-    whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
-    assert (half / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
+    assert weights(half / "checkpoints" / "2") == weights(trained / "checkpoints" / "2")
     assert without_seconds(half / "metrics.csv") == without_seconds(trained / "metrics.csv")
     with pytest.raises(ValueError, match="reward differs from the run's own"):
         call("train", half, f"resume={half}", "reward.alpha=1")
     call("train", tmp_path / "copy", *SMALL, f"resume={half}", "rounds=2")  # nothing left to do, but all is there
     assert without_seconds(tmp_path / "copy" / "metrics.csv") == without_seconds(trained / "metrics.csv")
-    (half / "checkpoint" / "trainer.pt").write_bytes(b"not a state")
+    (half / "checkpoints" / "2" / "trainer.pt").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="resume="):
         call("train", tmp_path / "other", *SMALL, f"resume={half}")
+
+
+def as_an_earlier_version_left_it(run: Path) -> None:
+    """One checkpoint, no manifest."""
+    last = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    last.rename(run / "checkpoint")
+    shutil.rmtree(run / "checkpoints")
+    for path in (run / "manifest.json", *((run / "checkpoint" / n) for n in ("manifest.json", "config.yaml"))):
+        path.unlink()
+    (run / "checkpoint" / "metrics.csv").unlink()
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "policy" / "model.safetensors").read_bytes()
 
 
 def without_seconds(path: Path) -> list[dict[str, str]]:
@@ -145,7 +160,7 @@ def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path):
         process.kill()
     assert process.returncode == 130 and "interrupted" in out and "Traceback" not in err
     assert not (folder / "results.json").exists()
-    assert (folder / "checkpoint" / "trainer.pt").exists()
+    assert list(folder.glob("checkpoints/*/trainer.pt"))
     call("watch", tmp_path / "watch", f"checkpoint={folder}", "fps=1000")
 
 
@@ -218,7 +233,7 @@ def test_benchmark_counts_what_it_says(tmp_path):
 def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):
     with pytest.raises((ValueError, MissingConfigException), match=re.escape(message)):
         call("train", tmp_path, *overrides)
-    assert not any((tmp_path / name).exists() for name in ("results.json", "checkpoint"))
+    assert not any((tmp_path / name).exists() for name in ("results.json", "checkpoints", "config.yaml"))
 
 
 def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
@@ -280,8 +295,7 @@ def policy_row(folder: Path, name: str) -> dict:
 
 def test_a_warm_start_begins_with_the_policy_of_another_run(trained, tmp_path):
     call("train", tmp_path / "warm", *SMALL, f"agent.warm_start={trained}", "agent.algorithm.optimizer.lr=0")
-    whole = (trained / "checkpoint" / "policy" / "model.safetensors").read_bytes()
-    assert (tmp_path / "warm" / "checkpoint" / "policy" / "model.safetensors").read_bytes() == whole
+    assert weights(tmp_path / "warm" / "checkpoints" / "2") == weights(trained / "checkpoints" / "2")
     with pytest.raises(ValueError, match="agent.warm_start"):
         call("train", tmp_path / "other", *SMALL, f"agent.warm_start={trained}", "policy=mlp")
 

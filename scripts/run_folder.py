@@ -1,0 +1,166 @@
+"""The folder that a command writes into, and the run folders that it reads."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from agents.checkpoints import BEFORE, CHECKPOINTS, CONFIG, METRICS, POLICY, Checkpoint, Checkpoints, find_checkpoint
+from agents.files import atomically, noted, read_manifest, verify
+from agents.policies import Policy
+from agents.strangers import Allowed, read_config
+
+LOCK, LOG, OVERRIDES = ".lock", "run.log", ".hydra/overrides.yaml"
+RESULTS = ("results.json", "results.csv", "results.png")
+GROUPS = ("model", "task", "env", "reward", "policy", "distribution")  # what every run's configuration has
+SECRET = re.compile(r"\$\{\s*oc\.env\s*:[^}]*(TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY)", re.IGNORECASE)
+
+
+class RunFolder:
+    """The folder of the running command. While it is entered, no other process enters it.
+
+    What is written becomes a run with ``begin``; a command that ends before leaves the folder as it was.
+
+    Raises:
+        ValueError: another process is in it, or the configuration would write a secret into it.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.path = Path(HydraConfig.get().runtime.output_dir)
+        self.cfg = cfg
+        self.log: logging.Handler | None = None
+        if secret := SECRET.search(OmegaConf.to_yaml(cfg)):
+            raise ValueError(f"{secret[0]}}}: a secret of the environment would be written into {CONFIG}")
+
+    def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path / LOCK)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.log:
+            logging.getLogger().removeHandler(self.log)
+            self.log.close()
+        (self.path / LOCK).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+        self.lock.close()
+
+    def refuse_another_run(self) -> None:
+        """ValueError if the folder holds a run, which this command would write over."""
+        if held := [n for n in (CONFIG, METRICS, CHECKPOINTS, *BEFORE, *RESULTS) if (self.path / n).exists()]:
+            raise ValueError(
+                f"hydra.run.dir={self.path} holds a run already ({', '.join(held)}): choose another folder, or go on "
+                "with it (train.py resume=auto)"
+            )
+
+    def begin(self) -> None:
+        """Write what the run is: its resolved configuration, and what the command line chose, for a new run."""
+        if not (self.path / OVERRIDES).exists():
+            (self.path / OVERRIDES).parent.mkdir(exist_ok=True)
+            overrides = OmegaConf.to_yaml(HydraConfig.get().overrides.task)
+            atomically(self.path / OVERRIDES, lambda path: path.write_text(overrides))
+        noted(self.path / CONFIG, lambda path: OmegaConf.save(self.cfg, path, resolve=True))
+        self.log = logging.FileHandler(self.path / LOG)
+        self.log.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+        logging.getLogger().addHandler(self.log)
+
+    def drop_results(self) -> None:
+        """Of the rounds before those that come now."""
+        for name in RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def lock(path: Path) -> IO[str]:
+    """An open file that no other process has locked; closing it, or the end of the process, gives it free."""
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file  # else its owner removed it while it ended
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"hydra.run.dir={path.parent}: another process is running in this folder") from None
+        file.close()
+
+
+@contextmanager
+def naming(setting: str, value: Any) -> Iterator[None]:
+    """Say which setting a ValueError is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{setting}={str(value)!r}: {error}") from None
+
+
+def load_config(path: Path, cfg: DictConfig) -> DictConfig:
+    """The resolved configuration of a run, as data: see ``strangers``.
+
+    Args:
+        cfg: of the command: ``trust`` lists packages that the run may name, and what ``cfg`` names it may name, too.
+
+    Raises:
+        ValueError: it is none, names what it may not name, or is damaged.
+    """
+    trust = cfg.get("trust", [])
+    if not isinstance(trust, ListConfig | list) or not all(isinstance(name, str) and name for name in trust):
+        raise ValueError(f"trust={trust}: need a list of packages, e.g. [my_package]")
+    saved = read_config(path)
+    Allowed(trust, OmegaConf.to_container(cfg, resolve=False)).check(saved, path)
+    if (path.parent / CHECKPOINTS).is_dir():  # older runs have no manifest
+        manifest = read_manifest(path.parent)
+        if path.name not in manifest["files"]:
+            raise ValueError(f"{path} is not in the manifest beside it")
+        verify(path, manifest)
+    if lacking := [name for name in GROUPS if not isinstance(saved.get(name), dict)]:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: give a run folder of scripts/train.py")
+    return OmegaConf.create(saved)
+
+
+def load_run(name: str | Path, cfg: DictConfig) -> tuple[DictConfig, Checkpoint]:
+    """A run's configuration and checkpoint; ValueError if one of them cannot be used.
+
+    Args:
+        name: a run folder (its ``config.yaml`` and last checkpoint), or a checkpoint with the configuration that it
+            was saved with: ``RUN@last``, ``RUN@best``, ``RUN@<rounds>``, or its folder.
+    """
+    checkpoint = find_checkpoint(str(name))
+    if checkpoint is not None:
+        return load_config(checkpoint.config, cfg), checkpoint
+    if not Path(name).is_dir():
+        raise ValueError(f"{name} does not exist; give a run folder of scripts/train.py")
+    try:
+        saved = load_config(Path(name) / CONFIG, cfg)
+    except ValueError as error:
+        other = next(Checkpoints(Path(name)).whole(), None)
+        offer = f"; {other} has a copy" if other is not None and other.number >= 0 else ""
+        raise ValueError(f"{error}{offer}") from None
+    return saved, Checkpoints(Path(name)).get()
+
+
+def load_policy(name: str | Path, cfg: DictConfig, setting: str = "checkpoint") -> tuple[Policy, DictConfig]:
+    """The policy that a run saved, and the run's configuration.
+
+    Args:
+        name: as for ``load_run``. setting: which one gives the name, for the error.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or its configuration names what it may not name.
+    """
+    with naming(setting, name):
+        saved, checkpoint = load_run(name, cfg)
+        policy_class = hydra.utils.get_class(str(saved.policy.get("_target_")))
+        if not issubclass(policy_class, Policy):
+            raise ValueError(f"policy._target_={saved.policy._target_!r} is no policy")
+        return policy_class.from_pretrained(checkpoint.path / POLICY).eval(), saved
