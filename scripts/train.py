@@ -343,7 +343,6 @@ def check_settings(cfg: DictConfig) -> None:
     if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0):
         raise ValueError(f"checkpoint_minutes={minutes!r}: need a number above 0, or null")
     whole("seed", cfg.seed, least=0)
-from dllm_gym.checks import whole
     check_evaluation(cfg)
 
 
