@@ -55,6 +55,13 @@ def choice(name: str, value: Any, among: Iterable[str]) -> str:
     return value
 
 
+def text(name: str, value: Any) -> str:
+    """A text that is not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}={value!r}: need a text")
+    return value
+
+
 def distinct(name: str, values: Any) -> list[Any]:
     """A list that holds something, and nothing twice."""
     if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_gym.checks import number
+
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
@@ -29,6 +31,8 @@ CELL_WIDTH, CELL_HEIGHT, GAP, MARGIN = 52, 44, 4, 16  # pixels
 PROMPT_WIDTH, CAPTION_HEIGHT, LEGEND_HEIGHT, LEAST_WIDTH = 236, 46, 38, 672
 ADVANCE = 0.602  # width of a letter of the font, as a share of its size
 SHADES = "░▒▓█"  # a masked cell in text, by quarters of confidence
+PLAIN = str.maketrans("░▒▓█·∎␣↵⇥", ".:+#-$_|>")  # for terminals that have ASCII only
+LEAST_FPS, MOST_FPS = 0.01, 1000.0  # what a timer can wait for
 
 
 @dataclass(frozen=True)
@@ -161,14 +165,14 @@ class Viewer:
     """
 
     def __init__(self, fps: float = 4.0, columns: int | None = None):
-        self.fps, self.columns = fps, columns
+        self.fps, self.columns = number("fps", fps, LEAST_FPS, MOST_FPS), columns
         self._image: Any = None  # matplotlib's AxesImage, once a window is open
 
     def show(self, frame: Frame) -> None:
         """Draw ``frame`` and wait for 1 / fps seconds."""
         if not _has_window():
             start = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""  # a fresh screen; plain lines in a file
-            print(start + ansi(frame, self.columns), flush=True)
+            print(encodable(start + ansi(frame, self.columns), sys.stdout.encoding), flush=True)
             time.sleep(1 / self.fps)
             return
         import matplotlib.pyplot as plt
@@ -190,6 +194,19 @@ class Viewer:
 
             plt.close(self._image.figure)
             self._image = None
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    """``text`` in letters that a terminal of this encoding has.
+
+    >>> encodable("░▒▓█ ∎", "ascii")
+    '.:+# $'
+    """
+    try:
+        text.encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return text.translate(PLAIN).encode(encoding or "ascii", errors="replace").decode(encoding or "ascii")
+    return text
 
 
 def _has_window() -> bool:

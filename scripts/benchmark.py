@@ -31,14 +31,16 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
+from command import command
+from command import console as make_console
 from growth import Sizes, growth, peak_memory
 from lockstep import Decoded, lockstep
 from meters import Stopwatch, now, timed
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from run_folder import RunFolder
-from shared import make_policy, prepare, requirements
+from shared import make_policy, prepare, refuse_a_range_that_nothing_reads, refuse_chosen, requirements
 from torch import Tensor
 from train import make_learner
 from workloads import Workload
@@ -48,13 +50,16 @@ from agents.heuristics import Threshold
 from agents.policies import PolicyDecider
 from agents.rollout import Decider, Results, evaluate
 from agents.training import Collector, Prompts
-from dllm_gym.checks import whole
+from dllm_gym.checks import choice, distinct, flag, whole
+from dllm_gym.checks import seed as check_seed
 from dllm_gym.models import DLLM
 from dllm_gym.predictions import Work
+from dllm_gym.unmasking import MOST_LANES
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
 EXACT = "none"  # the setting of ``cache`` that gives the plain loop's tokens and NFE
 OPTIONAL = ("lockstep_batches", "growth_rows", "limit_tokens")  # counts of a workload that may be null
+TRAINING = ("agent", "policy", "distribution", "expert", "reference")  # groups of the training rounds
 Figures = dict[str, Any]
 
 
@@ -228,14 +233,40 @@ def training_rounds(workload: Workload, cfg: DictConfig, device: torch.device) -
 
 def check_settings(cfg: DictConfig) -> None:
     """ValueError for a setting that makes no sense, before any work."""
-    whole("repeats", cfg.repeats)
-    for name in cfg.measure:
-        if name not in cfg.workloads:
-            raise ValueError(f"measure={name!r}: choose among the workloads {', '.join(cfg.workloads)}")
-        own = cfg.workloads[name]
-        for count in ("num_envs", "prompts", "group_size", *OPTIONAL):
-            if own[count] is not None or count not in OPTIONAL:
-                whole(f"workloads.{name}.{count}", own[count])
+    for name in ("repeats", "rounds", "prompts_per_round"):
+        whole(name, cfg[name])
+    for name in ("group_size", "max_batches"):
+        whole(f"agent.{name}", cfg.agent[name])
+    check_seed("seed", cfg.seed)
+    for name in distinct("measure", cfg.measure):
+        choice("measure", name, cfg.workloads)
+        check_workload(f"workloads.{name}", cfg.workloads[name])
+    unmeasured = [name for name in cfg.workloads if name not in cfg.measure]
+    refuse_chosen([f"workloads.{name}" for name in unmeasured], "measure names other workloads")
+    if not any("${model}" in text or "${task}" in text for text in map(str, uses(cfg))):
+        refuse_chosen(["model", "task", "env"], "the measured workloads have their own")
+    if not any(cfg.workloads[name].training for name in cfg.measure):
+        refuse_chosen([*TRAINING, "rounds", "prompts_per_round"], "no measured workload has training=true")
+
+
+def uses(cfg: DictConfig) -> list[Any]:
+    """The measured workloads as they are written, with their references to the groups."""
+    workloads = OmegaConf.to_container(cfg.workloads, resolve=False)
+    return [workloads[name] for name in cfg.measure]
+
+
+def check_workload(path: str, own: DictConfig) -> None:
+    """ValueError for a setting of a workload that makes no sense."""
+    whole(f"{path}.num_envs", own.num_envs, most=MOST_LANES)
+    for count in ("prompts", "group_size", *OPTIONAL):
+        if own[count] is not None or count not in OPTIONAL:
+            whole(f"{path}.{count}", own[count])
+    for length in distinct(f"{path}.block_lengths", own.block_lengths):
+        if length is not None:
+            whole(f"{path}.block_lengths", length)
+    for cache in distinct(f"{path}.caches", own.caches) if own.caches else ():
+        choice(f"{path}.caches", cache, ("prefix", "dual"))
+    flag(f"{path}.training", own.training)
 
 
 def deciders(cfg: DictConfig, device: torch.device) -> dict[str, Decider]:
@@ -316,7 +347,7 @@ def print_step(console: Console, workload: Workload, figures: Figures) -> None:
 
 def measure_all(cfg: DictConfig, device: torch.device, run: Path) -> None:
     """Measure, print and write every chosen workload."""
-    console = Console(width=200)
+    console = make_console(width=200)
     measured: dict[str, Figures] = {name: {"cases": {}} for name in cfg.measure}
 
     def save() -> None:
@@ -335,13 +366,14 @@ def measure_all(cfg: DictConfig, device: torch.device, run: Path) -> None:
             episodes = cfg.prompts_per_round * cfg.agent.group_size
             console.print(f"a round of training, {episodes} episodes: {spread(figures['training seconds'])} s")
         save()
-    console.print(f"written: {run}/benchmark.json", highlight=False)
+    console.print(f"written: {run}/benchmark.json", soft_wrap=True)
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="benchmark")
+@command("benchmark")
 def main(cfg: DictConfig) -> None:
     check_settings(cfg)
     device = prepare(cfg)
+    refuse_a_range_that_nothing_reads(cfg, deciders(cfg, device).values())
     with RunFolder(cfg) as run:
         run.refuse_another_run()
         run.begin()

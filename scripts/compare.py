@@ -14,13 +14,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-import hydra
+from command import command, console
 from omegaconf import DictConfig, ListConfig
-from rich.console import Console
 from rich.table import Table
 
 from agents.comparison import as_numbers, as_text, over_seeds, read_runs
 from agents.files import atomically
+from dllm_gym.checks import distinct, text, writable
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -36,22 +36,24 @@ def comma_separated(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="compare")
+@command("compare")
 def main(cfg: DictConfig) -> None:
     folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-    suffix = Path(cfg.table).suffix if cfg.table else ".md"
-    if suffix not in (".md", ".csv"):
-        raise ValueError(f"table={cfg.table!r} is not valid: a file name that ends in .csv or .md")
+    for folder in distinct("runs", folders):
+        text("runs", folder)
+    if cfg.table is not None:
+        writable("table", cfg.table, (".csv", ".md"))
     rows = over_seeds(read_runs(folders, cfg.evaluated))
     texts = [as_text(row) for row in rows]
     table = Table(title=f"policy ({cfg.evaluated}) of every run, mean ± standard deviation over seeds")
     for name in texts[0]:
         table.add_column(name, justify="left" if name in rows[0].label else "right")
-    for text in texts:
-        table.add_row(*text.values())
-    Console(width=160).print(table)
-    if cfg.table:
-        content = markdown(texts) if suffix == ".md" else comma_separated([as_numbers(row) for row in rows])
+    for line in texts:
+        table.add_row(*line.values())
+    console(width=160).print(table)
+    if cfg.table is not None:
+        is_markdown = Path(cfg.table).suffix.lower() == ".md"
+        content = markdown(texts) if is_markdown else comma_separated([as_numbers(row) for row in rows])
         atomically(Path(cfg.table), lambda path: path.write_text(content))
         print(f"written: {cfg.table}")
 

@@ -9,9 +9,8 @@ The run folder (outputs/evaluate/...) gets results.{json,csv,png}.
 
 from __future__ import annotations
 
-import hydra
+from command import command, console
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from run_folder import RunFolder, load_policy
 from shared import (
     check_evaluation,
@@ -19,17 +18,22 @@ from shared import (
     make_evaluation_envs,
     policy_deciders,
     prepare,
+    refuse_a_range_that_nothing_reads,
     report,
     take_over,
 )
 
+from dllm_gym.checks import number
 
-@hydra.main(version_base=None, config_path="../conf", config_name="evaluate")
+
+@command("evaluate")
 def main(cfg: DictConfig) -> None:
     check_evaluation(cfg)
     deciders = heuristics(cfg)
     if cfg.checkpoint is None and (cfg.temperature is not None or not deciders):
         raise ValueError("checkpoint=null: nothing to evaluate but heuristics, and they have no temperature")
+    if cfg.temperature is not None:
+        number("temperature", cfg.temperature, above=0)
     device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint, cfg)
@@ -38,9 +42,10 @@ def main(cfg: DictConfig) -> None:
             trained.distribution.evaluate_temperature = cfg.temperature
         settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": cfg.evaluation}
         deciders = {**policy_deciders(policy.to(device), OmegaConf.create(settings)), **deciders}
+    refuse_a_range_that_nothing_reads(cfg, deciders.values())
     with RunFolder(cfg) as run:
         run.refuse_another_run()
-        report(cfg, make_evaluation_envs(cfg, device, deciders), deciders, run, Console())
+        report(cfg, make_evaluation_envs(cfg, device, deciders), deciders, run, console())
 
 
 if __name__ == "__main__":

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hydra
+from command import command
 from omegaconf import DictConfig, ListConfig
 
 from agents.evaluation import plot, read_rows
 from agents.files import atomically
+from dllm_gym.checks import distinct, text, writable
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 DRAWN = ("accuracy", "accuracy_low", "accuracy_high", "nfe", "nfe_low", "nfe_high")
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="plot")
+@command("plot")
 def main(cfg: DictConfig) -> None:
-    paths = cfg.results if isinstance(cfg.results, ListConfig) else [cfg.results]
+    writable("picture", cfg.picture, PICTURES)
+    paths = distinct("results", cfg.results if isinstance(cfg.results, ListConfig) else [cfg.results])
+    for path in paths:
+        text("results", path)
     rows = [row for path in paths for row in read_rows(Path(path), DRAWN)]
     unique = {(row["name"], row["nfe"], row["accuracy"]): row for row in rows}  # heuristics that several runs share
     atomically(Path(cfg.picture), lambda path: plot(list(unique.values()), path, cfg.title))

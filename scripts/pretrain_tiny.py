@@ -18,6 +18,7 @@ from pathlib import Path
 import hydra
 import torch
 import torch.nn.functional as F
+from command import command
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from safetensors.torch import save_file
@@ -25,6 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dllm_gym.checks import number, text, whole
+from dllm_gym.checks import seed as check_seed
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.llada import REQUIRED, llada_weights, llama_config
 from dllm_gym.tasks.base import ProceduralTask
@@ -202,8 +205,38 @@ def run_stage(cfg: DictConfig, index: int, model: LlamaForCausalLM, dllm: DLLM, 
             save_checkpoint(model, dllm, Path(cfg.save_to))
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="pretrain_tiny")
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError for a setting that makes no sense, before any work."""
+    check_seed("seed", cfg.seed)
+    whole("threads", cfg.threads, most=1024)
+    for name in ("warmup", "evaluate_every", "evaluate_examples"):
+        whole(name, cfg[name])
+    for name in ("learning_rate", "weight_decay", "eos_weight"):
+        number(name, cfg[name], least=0)
+    number("max_grad_norm", cfg.max_grad_norm, above=0)
+    if "://" in text("save_to", cfg.save_to):
+        raise ValueError(f"save_to={cfg.save_to!r}: need a local folder")
+    for i, stage in enumerate(cfg.stages):
+        whole(f"stages[{i}].steps", stage.steps)
+        whole(f"stages[{i}].cooldown", stage.cooldown, least=0, most=stage.steps)
+    if not cfg.stages or not cfg.lessons:
+        raise ValueError(f"stages={cfg.stages}, lessons={cfg.lessons}: need at least one of each")
+    for i, lesson in enumerate(cfg.lessons):
+        check_lesson(f"lessons[{i}]", lesson)
+    for name, value in cfg.architecture.items():
+        (number if name in ("rope_theta", "rms_norm_eps") else whole)(f"architecture.{name}", value, 0)
+
+
+def check_lesson(path: str, lesson: DictConfig) -> None:
+    for name in ("batch_size", "block_length"):
+        whole(f"{path}.{name}", lesson[name])
+    number(f"{path}.left_to_right", lesson.left_to_right, least=0, most=1)
+    whole(f"{path}.ramp", lesson.ramp, least=0)
+
+
+@command("pretrain_tiny")
 def main(cfg: DictConfig) -> None:
+    check_settings(cfg)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     lessons = [(lesson, hydra.utils.instantiate(lesson.task)) for lesson in cfg.lessons]

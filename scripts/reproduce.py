@@ -25,7 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from command import command, words
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from settings import CONF, composing
 from tqdm import tqdm
 
 from agents.checkpoints import CONFIG
@@ -33,7 +38,8 @@ from agents.claims import LEARNED, read_results, read_table, write_table
 from agents.evaluation import Row
 from agents.report import Evidence, read_training, write_page
 from agents.strangers import Allowed, read_config
-from dllm_gym.checks import whole
+from dllm_gym.checks import choice, distinct, flag, number, text, whole
+from dllm_gym.checks import seed as check_seed
 
 SCRIPTS = Path(__file__).parent
 LOG, SESSIONS = "log.txt", "sessions.csv"
@@ -269,10 +275,14 @@ def session_minutes(folder: Path) -> list[float]:
 
 def tabulate(cfg: DictConfig, jobs: Sequence[Job]) -> list[Row]:
     """The table of what is done, written and read again: the page is made of what the file says."""
-    done = [job for job in jobs if job.labels and job.done()]
-    rows = [row for job in done for row in read_results(job.folder, {**job.labels, "length": length(job.folder)})]
-    write_table(rows, Path(cfg.table))
+    write_table(rows_of(jobs), Path(cfg.table))
     return read_table(Path(cfg.table))
+
+
+def rows_of(jobs: Sequence[Job]) -> list[Row]:
+    """The rows of the jobs that are done."""
+    done = [job for job in jobs if job.labels and job.done()]
+    return [row for job in done for row in read_results(job.folder, {**job.labels, "length": length(job.folder)})]
 
 
 def report(cfg: DictConfig, jobs: Sequence[Job]) -> None:
@@ -308,9 +318,78 @@ def tail(path: Path, lines: int = 15) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="reproduce")
+# Its settings
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError for a setting that makes no sense, before any work."""
+    flag("run", cfg.run)
+    whole("workers", cfg.workers, most=256)
+    whole("examples", cfg.examples)
+    for name, suffix in (("folder", ""), ("quick", ""), ("table", ".csv"), ("page", ".md")):
+        if "://" in text(name, cfg[name]) or (suffix and Path(cfg[name]).suffix != suffix):
+            wanted = f"file that ends in {suffix}" if suffix else "folder"
+            raise ValueError(f"{name}={cfg[name]!r}: need a local {wanted}")
+    for name, group in (("tasks", "task"), ("envs", "env"), ("grids", "heuristics"), ("variant_grids", "heuristics")):
+        among = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+        for chosen in distinct(name, cfg[name]):
+            choice(name, chosen, among)
+    for alpha in distinct("alphas", cfg.alphas):
+        number("alphas", alpha, least=0)
+    for alpha in distinct("knob", cfg.knob):
+        number("knob", alpha, above=0)
+    for seed in distinct("seeds", cfg.seeds):
+        check_seed("seeds", seed)
+    check_transfer(cfg)
+    check_recipes(cfg)
+
+
+def check_transfer(cfg: DictConfig) -> None:
+    transfer = cfg.transfer
+    among = {"families": LEARNED, "envs": [path.stem for path in (CONF / "env").glob("[!_]*.yaml")]}
+    for name, names in among.items():
+        for chosen in distinct(f"transfer.{name}", transfer[name]) if len(transfer[name]) else ():
+            choice(f"transfer.{name}", chosen, names)
+    for alpha in transfer.alphas:
+        number("transfer.alphas", alpha, least=0)
+
+
+def check_recipes(cfg: DictConfig) -> None:
+    """ValueError for a place without a recipe, or overrides that scripts/train.py would refuse."""
+    groups = {"worlds": cfg.worlds, "training": cfg.training, "warm_start": cfg.warm_start}
+    groups |= {"training.conditioned": cfg.training.conditioned} if cfg.training.conditioned else {}
+    for name, group in groups.items():
+        for task, env in product(cfg.tasks, cfg.envs):
+            if not isinstance((group.get(task) or {}).get(env), ListConfig):
+                raise ValueError(f"{name}.{task}.{env} has to be a list of overrides: every task in every env has one")
+    tried = {tuple(s for s in job.settings if not s.startswith("seed=")): job for job in plan(cfg)}
+    for settings, job in tried.items():
+        try:
+            with composing():
+                compose(job.script, list(settings))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ValueError(f"{job.name}: scripts/{job.script}.py refuses its settings: {words(error)}") from error
+
+
+def refuse_a_fuller_table(cfg: DictConfig, jobs: Sequence[Job]) -> None:
+    """ValueError if there is nothing to report, or the report would replace a table by one that says less."""
+    now = len(rows_of(jobs))
+    if not now:
+        raise ValueError(f"run=false: no job of this plan is finished in {cfg.folder}, there is nothing to report")
+    there = len(read_table(Path(cfg.table))) if Path(cfg.table).exists() else 0
+    if now < there:
+        raise ValueError(
+            f"run=false: {cfg.table} has {there} rows, the finished jobs in {cfg.folder} only {now}: name another "
+            "table= and page= to write"
+        )
+
+
+@command("reproduce")
 def main(cfg: DictConfig) -> None:
+    check_settings(cfg)
     jobs = plan(cfg)
+    if not cfg.run:
+        refuse_a_fuller_table(cfg, jobs)
     for stopping in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell script's background job inherits it ignored
         signal.signal(stopping, signal.default_int_handler)
     try:

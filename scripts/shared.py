@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,26 +10,35 @@ import gymnasium as gym
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from run_folder import RunFolder
+from settings import check_groups
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
+from agents.heuristics import Rule
 from agents.policies import Policy, PolicyDecider
 from agents.rollout import Decider, evaluate
-from dllm_gym.checks import whole
+from dllm_gym.checks import distinct, number, whole
+from dllm_gym.checks import seed as check_seed
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
 from dllm_gym.rewards import AlphaRange
+from dllm_gym.tasks import ProceduralTask
+from dllm_gym.unmasking import MOST_LANES
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
+log = logging.getLogger(__name__)
+
+MOST_THREADS = 1024  # beyond this starting them fails
+SAMPLE = 200  # examples whose answers are measured
 COUNTS, FLAGS = ("top_k", "kl"), ("hidden", "entropy", "margin")  # the environment's observation settings
 
 
 def prepare(cfg: DictConfig) -> torch.device:
     """Sets torch's threads; returns the device."""
     if cfg.threads is not None:
-        torch.set_num_threads(whole("threads", cfg.threads))
+        torch.set_num_threads(whole("threads", cfg.threads, most=MOST_THREADS))
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     return check_device(wanted)
 
@@ -40,7 +50,9 @@ def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnm
     chosen = {**cfg.env, **cfg.reward}
     for name, value in settings.items():  # of what the user and the deciders ask for the larger counts
         chosen[name] = max(chosen.get(name) or 0, value) if name in (*COUNTS, *FLAGS) else value
-    return gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **chosen)
+    envs = gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **chosen)
+    refuse_short_answers(envs)
+    return envs
 
 
 def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
@@ -88,6 +100,52 @@ def heuristics(cfg: DictConfig) -> dict[str, Decider]:
     return named
 
 
+def refuse_a_range_that_nothing_reads(cfg: DictConfig, deciders: Iterable[Decider]) -> None:
+    """ValueError for several alphas where no decider reads the preference that tells them apart."""
+    if any(reads_preference(decider) for decider in deciders):
+        return
+    if AlphaRange.of(cfg.reward.alpha) is not None:
+        raise ValueError(
+            f"reward.alpha={list(cfg.reward.alpha)}: no decider here reads which alpha of a range an episode has, give "
+            "a number (a policy reads it with policy.preference=true)"
+        )
+    if cfg.get("evaluation") is not None and cfg.evaluation.get("alphas") is not None:
+        raise ValueError(
+            f"evaluation.alphas={cfg.evaluation.alphas} is read by nothing: it is for a policy that reads a preference "
+            "(policy.preference=true and reward.alpha=[low,high])"
+        )
+
+
+def reads_preference(decider: Decider) -> bool:
+    """False for rules and policies that are known not to read it."""
+    if isinstance(decider, PolicyDecider):
+        return "preference" in decider.policy.in_keys
+    return not isinstance(decider, Rule)
+
+
+def refuse_chosen(names: Iterable[str], why: str) -> None:
+    """ValueError if the command line chooses one of these settings (or a part of one), which nothing would read."""
+    for chosen in sorted(chosen_names()):
+        if any(chosen == name or chosen.startswith(f"{name}.") for name in names):
+            raise ValueError(f"{chosen} is read by nothing here: {why}")
+
+
+def refuse_short_answers(envs: DLLMUnmaskVectorEnv) -> None:
+    """ValueError if not one known answer of a procedural task fits into the completion; a warning if some do not."""
+    core, task = envs.core, envs.core.task
+    if not isinstance(task, ProceduralTask):
+        return
+    needed = [len(core.dllm.encode(task.solution(example))) for example in core.examples[:SAMPLE]]
+    long = sum(tokens > core.L for tokens in needed)
+    if long == len(needed):
+        raise ValueError(
+            f"gen_length={core.L}: no completion of that length holds an answer of task {task.name!r} (at least "
+            f"{min(needed)} tokens)"
+        )
+    if long:
+        log.warning("gen_length=%d is too short for %d of %d answers of task %r", core.L, long, len(needed), task.name)
+
+
 def policy_deciders(policy: Policy, cfg: DictConfig) -> dict[str, Decider]:
     """The policy as ``cfg`` evaluates it: greedy and sampled, and if it reads a preference with several alphas."""
     settings = hydra.utils.instantiate(cfg.distribution)
@@ -112,9 +170,7 @@ def alphas(cfg: DictConfig) -> list[float]:
     chosen = cfg.evaluation.get("alphas")
     if chosen is None:
         return [span.alpha(i / 6) for i in range(7)]
-    if not isinstance(chosen, ListConfig) or not all(span.low <= alpha <= span.high for alpha in chosen):
-        raise ValueError(f"evaluation.alphas={chosen}: need a list of numbers from {span.low:g} to {span.high:g}")
-    return [float(alpha) for alpha in chosen]
+    return [number("evaluation.alphas", a, span.low, span.high) for a in distinct("evaluation.alphas", chosen)]
 
 
 def policy_rewards(rows: Iterable[Row]) -> dict[str, float]:
@@ -139,18 +195,20 @@ def take_over(cfg: DictConfig, trained: DictConfig) -> None:
         own, cfg[group] = cfg[group], trained[group]
         for name in (n.removeprefix(f"{group}.") for n in chosen if n.startswith(f"{group}.")):
             OmegaConf.update(cfg[group], name, OmegaConf.select(own, name), force_add=True)
+    check_groups(cfg)
 
 
 def check_evaluation(cfg: DictConfig) -> None:
     """ValueError for an evaluation that could not be done, before any work."""
     settings = cfg.evaluation
-    whole("evaluation.num_envs", settings.num_envs)
+    whole("evaluation.num_envs", settings.num_envs, most=MOST_LANES)
     if settings.examples is not None:
         whole("evaluation.examples", settings.examples)
-    if not isinstance(settings.seeds, ListConfig) or not settings.seeds:
-        raise ValueError(f"evaluation.seeds={settings.seeds}: need a list of whole numbers, e.g. [42,43,44]")
-    for seed in settings.seeds:
-        whole("evaluation.seeds", seed, least=0)
+    for seed in distinct("evaluation.seeds", settings.seeds):
+        check_seed("evaluation.seeds", seed)
+    if settings.alphas is not None:
+        for alpha in distinct("evaluation.alphas", settings.alphas):
+            number("evaluation.alphas", alpha, above=0)
 
 
 def report(
@@ -162,9 +220,9 @@ def report(
     run.begin()  # an evaluation that was broken off leaves nothing
     core = envs.core
     title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
+    save_report(rows, run.path, title)  # before anything is printed: a reader may go away
     console.print(table(rows, title))
     for sentence in comparison(rows):
-        console.print(sentence, highlight=False)
-    save_report(rows, run.path, title)
-    console.print(f"written: {run.path}/results.json, results.csv, results.png", highlight=False)
+        console.print(sentence)
+    console.print(f"written: {run.path}/results.json, results.csv, results.png", soft_wrap=True)
     return rows

@@ -8,6 +8,7 @@ The run folder (outputs/train/...) gets config.yaml, metrics.csv, checkpoints/ a
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
 import time
@@ -18,9 +19,10 @@ from typing import Any
 
 import hydra
 import torch
+from command import command
+from command import console as make_console
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from run_folder import RunFolder, load_config, load_policy, load_run, naming
 from shared import (
     check_evaluation,
@@ -32,6 +34,7 @@ from shared import (
     policy_deciders,
     policy_rewards,
     prepare,
+    refuse_a_range_that_nothing_reads,
     report,
     requirements,
 )
@@ -43,9 +46,12 @@ from agents.files import read
 from agents.policies import Policy, PolicyDecider, make_actor
 from agents.rollout import evaluate
 from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
-from dllm_gym.checks import whole
+from dllm_gym.checks import number, text, whole
+from dllm_gym.checks import seed as check_seed
+from dllm_gym.unmasking import MOST_LANES
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv
 
+LOGGERS = {"torchrl.record.WandbLogger": "wandb", "torchrl.record.TensorboardLogger": "tensorboard"}
 FREE = ("rounds", "num_envs", "checkpoint_every", "checkpoint_minutes", "checkpoints", "device", "threads")
 FREE += ("evaluation", "heuristics", "logger", "resume", "trust")  # what a resumed run may choose anew
 
@@ -182,8 +188,8 @@ class Interrupt:
             self.in_round = False
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self.before.items():
+            signal.signal(signal_number, handler)
 
 
 @dataclass
@@ -199,7 +205,11 @@ def make_learner(cfg: DictConfig, policy: Policy) -> Learner:
     """The algorithm on a policy; ValueError for a combination that makes no sense."""
     distribution = hydra.utils.instantiate(cfg.distribution)
     actor = make_actor(policy, distribution.train, distribution.temperature)
-    algorithm = hydra.utils.instantiate(cfg.agent.algorithm, _convert_="all")(actor)
+    make_algorithm = hydra.utils.instantiate(cfg.agent.algorithm, _convert_="all")
+    try:
+        algorithm = make_algorithm(actor)
+    except TypeError as error:  # an argument that it hands on, to the descent, the optimizer or the schedule
+        raise ValueError(f"agent.algorithm: {error}") from error
     player = PolicyDecider(policy, distribution.train, distribution.temperature)
     algorithm.players(player, cfg.agent.group_size)
     if cfg.agent.max_batches > 1 and not algorithm.compares:
@@ -332,21 +342,33 @@ def warm_start(cfg: DictConfig, policy: Policy) -> None:
 
 def check_settings(cfg: DictConfig) -> None:
     """ValueError for a count that is none, before any work."""
-    for name in ("rounds", "prompts_per_round", "num_envs", "checkpoint_every"):
+    for name in ("rounds", "prompts_per_round", "checkpoint_every"):
         whole(name, cfg[name])
+    whole("num_envs", cfg.num_envs, most=MOST_LANES)
+    if cfg.max_prompt_length is not None:
+        whole("max_prompt_length", cfg.max_prompt_length)
+    if cfg.agent.warm_start is not None:
+        text("agent.warm_start", cfg.agent.warm_start)
+    check_logger(cfg.logger)
     for name in ("group_size", "max_batches"):
         whole(f"agent.{name}", cfg.agent[name])
     whole("checkpoints.keep", cfg.checkpoints.keep)
     if cfg.checkpoints.validation is not None:
         whole("checkpoints.validation", cfg.checkpoints.validation)
-    minutes = cfg.checkpoint_minutes
-    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0):
-        raise ValueError(f"checkpoint_minutes={minutes!r}: need a number above 0, or null")
-    whole("seed", cfg.seed, least=0)
+    if cfg.checkpoint_minutes is not None:
+        number("checkpoint_minutes", cfg.checkpoint_minutes, above=0)
+    check_seed("seed", cfg.seed)
     check_evaluation(cfg)
 
 
-def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Console) -> float | None:
+def check_logger(logger: DictConfig) -> None:
+    """ValueError for a logger whose package is not installed: it is made only when the training begins."""
+    package = LOGGERS.get(logger.get("_target_", "")) if logger else None
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(f"logger={package} needs the package {package}: pip install 'dllm_gym[{package}]'")
+
+
+def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> float | None:
     """Train and evaluate in a folder; None if the training was broken off. Nothing is written before all is checked."""
     source = resumed(cfg, run)
     if source is not None:
@@ -361,6 +383,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Console) -
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
     deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
+    refuse_a_range_that_nothing_reads(cfg, deciders.values())
     test_envs = make_evaluation_envs(cfg, device, deciders)
     start = Start.of(source and source[1], learner.algorithm, device, run)
     saver = Saver(run.path, policy, learner.algorithm, cfg.checkpoints.keep, validation(cfg, device, policy))
@@ -380,16 +403,16 @@ def told(run: RunFolder) -> str:
     return f"interrupted; {last} is saved: go on with resume=auto hydra.run.dir={run.path}"
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="train")
+@command("train")
 def main(cfg: DictConfig) -> float:
-    console = Console()
+    console = make_console()
     with Interrupt() as stop, RunFolder(cfg) as run:
         try:
             reward = run_in(cfg, run, stop, console)
         except KeyboardInterrupt:
             reward = None
         if reward is None:
-            console.print(told(run), highlight=False, markup=False)
+            console.print(told(run), soft_wrap=True)
             sys.exit(stop.code)
     return reward
 

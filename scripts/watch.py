@@ -8,17 +8,44 @@ from __future__ import annotations
 
 import hydra
 import torch
+from command import command
 from omegaconf import DictConfig, OmegaConf
 from run_folder import load_policy
-from shared import make_envs, policy_deciders, prepare, requirements, take_over
+from shared import (
+    make_envs,
+    policy_deciders,
+    prepare,
+    reads_preference,
+    refuse_a_range_that_nothing_reads,
+    refuse_chosen,
+    requirements,
+    take_over,
+)
 
-from dllm_gym.dealer import check_example
+from dllm_gym.checks import flag, number, whole, writable
+from dllm_gym.checks import seed as check_seed
 from dllm_gym.noise import fold, uniform
-from dllm_gym.render import Viewer, pixels
+from dllm_gym.render import LEAST_FPS, MOST_FPS, Viewer, pixels
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="watch")
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError for a setting that makes no sense, before any work."""
+    flag("greedy", cfg.greedy)
+    number("alpha", cfg.alpha, above=0)
+    number("fps", cfg.fps, least=LEAST_FPS, most=MOST_FPS)
+    whole("example", cfg.example, least=0)
+    check_seed("seed", cfg.seed)
+    if cfg.gif is not None:
+        writable("gif", cfg.gif, (".gif",))
+    if cfg.checkpoint is None:
+        refuse_chosen(["greedy", "alpha"], "they are of a checkpoint's policy")
+    else:
+        refuse_chosen(["decider"], "the policy of checkpoint= decides")
+
+
+@command("watch")
 def main(cfg: DictConfig) -> None:
+    check_settings(cfg)
     decider = hydra.utils.instantiate(cfg.decider)
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint, cfg)
@@ -26,11 +53,14 @@ def main(cfg: DictConfig) -> None:
         settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": {"alphas": [cfg.alpha]}}
         greedy, sampled = policy_deciders(policy, OmegaConf.create(settings)).values()
         decider = greedy if cfg.greedy else sampled
+        if not reads_preference(decider):
+            refuse_chosen(["alpha"], f"the policy of {cfg.checkpoint} has no preference")
+    refuse_a_range_that_nothing_reads(cfg, [decider])
     device = prepare(cfg)
     if cfg.checkpoint is not None:
         policy.to(device)
     envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements([decider]))
-    example = check_example(cfg.example, len(envs.core.examples))
+    example = whole("example", cfg.example, least=0, most=len(envs.core.examples) - 1)
     options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
     observation, _ = envs.reset(seed=cfg.seed, options=options)
     viewer, frames, done = Viewer(fps=cfg.fps), [], False
@@ -44,7 +74,7 @@ def main(cfg: DictConfig) -> None:
         action = decider(observation, uniform(stream, step, envs.core.L))
         observation, _, terminated, truncated, _ = envs.step(action)
         done = bool(terminated | truncated)
-    if cfg.gif:
+    if cfg.gif is not None:
         save_gif([pixels(frame) for frame in frames], cfg.gif, cfg.fps)
         print(f"written: {cfg.gif}")
 
