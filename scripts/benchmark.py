@@ -30,6 +30,7 @@ from typing import Any
 
 import hydra
 import numpy as np
+import passive  # noqa: F401  (before torch)
 import torch
 from command import command
 from command import console as make_console

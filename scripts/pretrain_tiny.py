@@ -16,6 +16,7 @@ import random
 from pathlib import Path
 
 import hydra
+import passive  # noqa: F401  (before torch)
 import torch
 import torch.nn.functional as F
 from command import command

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import hydra
+import passive  # noqa: F401  (before torch)
 import torch
 from command import command
 from command import console as make_console

@@ -7,6 +7,7 @@ python scripts/watch.py checkpoint=outputs/train/2026-01-01_12-00-00 gif=replay.
 from __future__ import annotations
 
 import hydra
+import passive  # noqa: F401  (before torch)
 import torch
 from command import command
 from omegaconf import DictConfig, OmegaConf

@@ -111,3 +111,16 @@ def test_examples_in_docstrings_run(path):
     result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.failed == 0
     assert result.attempted or path not in SHOWN or path.stem in ("__init__", "base"), "show how it is used"
+
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+COMMANDS = [path for path in SCRIPTS if path.stem == "command" or "command.command" in imports(path)]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_every_command_lets_torch_sleep_while_it_waits(path):
+    """What sets it comes before whatever imports torch."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [name.name if isinstance(node, ast.Import) else node.module for node in nodes for name in node.names]
+    heavy = [i for i, name in enumerate(names) if name.split(".")[0] in ("torch", "agents", "dllm_gym", "shared")]
+    assert min(names.index(name) for name in ("passive", "command") if name in names) < min(heavy)
