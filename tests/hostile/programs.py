@@ -53,6 +53,55 @@ while True:
     os.ftruncate(fd, 1 << 22)
     os.write(fd, bytes(1 << 22))
 """,
+    "System V memory": """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+while (number := libc.shmget(0, 64 << 20, 0o1600)) >= 0:
+    ctypes.memset(libc.shmat(number, None, 0), 1, 64 << 20)
+""",
+    "shared memory of files": """
+import itertools
+for place in ('/dev/shm', '.'):
+    try:
+        for number in itertools.count():
+            with open(f'{place}/{number}', 'wb') as file: file.write(bytes(1 << 22))
+    except OSError: pass
+raise MemoryError
+""",
+    "shared memory without a file": """
+import mmap
+held = []
+while True:
+    held.append(mmap.mmap(-1, 1 << 24))
+    held[-1].write(bytes(1 << 24))
+""",
+    "memory of many small processes": """
+import os, time
+for _ in range(60):
+    if os.fork() == 0:
+        held = bytearray(b'x' * (1 << 24))
+        time.sleep(1000)
+time.sleep(1000)
+""",
+    "many processes that work in turn": """
+import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:
+    if os.fork() == 0:
+        for _ in range(10 ** 6): pass
+        os._exit(0)
+    try: os.wait()
+    except OSError: pass
+""",
+    "not to be killed with its parent": """
+import ctypes, os, time
+for _ in range(3):
+    os.fork()
+    os.setsid() if os.getpid() != os.getsid(0) else None
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+time.sleep(1000)
+""",
     "fork bomb": "import os\nwhile True: os.fork()",
     "fork bomb that does not give up": """
 import os
@@ -120,8 +169,8 @@ with open('large', 'wb') as file:
     "core dump": "import os, signal\nos.chdir('/tmp') if os.path.isdir('/tmp') else None\nos.abort()",
 }
 
-# ---- the verdict: scored 0 by either sandbox ----
-FORGERS = {
+# ---- the verdict: programs that end before the check has, scored 0 by either sandbox ----
+LEAVERS = {
     "os._exit(0)": "import os\nos._exit(0)",
     "os._exit(0) when called": "import os\ndef solve(x):\n    os._exit(0)",
     "sys.exit(0)": "import sys\nsys.exit(0)",
@@ -179,7 +228,7 @@ os._exit = lambda status: None
 sys.modules['os'] = None
 """
     + WRONG,
-    "everything it can reach in the launcher": """
+    "everything it can reach above it": """
 import sys, types
 frame = sys._getframe()
 while frame:
@@ -225,127 +274,6 @@ for fd in range(3, 64):
         except OSError: pass
 os._exit(0)
 """,
-    "secret found in the frames": """
-import os, sys
-def solve(x):
-    frame = sys._getframe()
-    while frame:
-        for value in list(frame.f_locals.values()):
-            if isinstance(value, bytes) and len(value) >= 16:
-                for fd in range(64):
-                    try: os.write(fd, value[:16])
-                    except OSError: pass
-        frame = frame.f_back
-    os._exit(0)
-""",
-    "secret found by the garbage collector": """
-import gc, os
-def solve(x):
-    for thing in gc.get_objects():
-        values = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
-        for value in list(values):
-            if isinstance(value, bytes) and len(value) > 16 and b'assert' in value:
-                for fd in range(3, 64):
-                    try: os.write(fd, value[:16])
-                    except OSError: pass
-    os._exit(0)
-""",
-    "launcher's frame made to pass": """
-import sys
-def trace(frame, event, argument):
-    return trace
-def solve(x):
-    frame = sys._getframe(1)
-    while frame.f_back is not None and 'secret' not in frame.f_locals: frame = frame.f_back
-    secret = frame.f_locals['secret']
-    say, up, leave = frame.f_locals['say'], frame.f_locals['up'], frame.f_locals['leave']
-    say(up, secret[:16])
-    leave(0)
-""",
-    "trace function that jumps over the asserts": """
-import sys
-def trace(frame, event, argument):
-    if event == 'line' and frame.f_code.co_name == 'check':
-        frame.f_lineno = frame.f_code.co_firstlineno + 2
-    return trace
-sys.settrace(trace)
-"""
-    + WRONG,
-    "trace function set when called": """
-import sys
-def solve(x):
-    def trace(frame, event, argument): return trace
-    frame = sys._getframe(1)
-    def skip(frame, event, argument):
-        raise SystemExit(0)
-    frame.f_trace = skip
-    sys.settrace(trace)
-""",
-    "value that equals everything": """
-class Yes:
-    def __eq__(self, other): return True
-    def __bool__(self): return True
-def solve(x):
-    return Yes()
-""",
-    "number that equals everything": """
-class Yes(int):
-    def __eq__(self, other): return True
-    def __ne__(self, other): return False
-    __hash__ = int.__hash__
-def solve(x):
-    return Yes(3)
-""",
-    "number that equals whatever is a value": """
-class Yes(int):
-    def __eq__(self, other): return isinstance(other, (int, float, str, list, tuple, dict, set, type(None)))
-    __hash__ = int.__hash__
-def solve(x):
-    return Yes(3)
-""",
-    "number that equals numbers": """
-class Yes(int):
-    def __eq__(self, other): return isinstance(other, int)
-    __hash__ = int.__hash__
-def solve(x):
-    return Yes(3)
-""",
-    "value that equals all but objects": """
-class Yes:
-    def __eq__(self, other): return type(other) is not object
-def solve(x):
-    return Yes()
-""",
-    "value that equals what the check expects": """
-class Yes:
-    def __eq__(self, other): return other in (8, 0, 1, 9)
-import sys
-sys.modules['operator'] = sys.modules['sys'] = None
-def solve(x):
-    return Yes()
-""",
-    "secret found in the frames, unless it looks like a trap": """
-import os, sys
-def solve(x):
-    frame = sys._getframe()
-    while frame:
-        secret = frame.f_locals.get('secret')
-        if secret and b'object()' not in secret and not os.getcwd().endswith('second'):
-            frame.f_locals['say'](frame.f_locals['up'], secret[:16])
-            os._exit(0)
-        frame = frame.f_back
-""",
-    "trace function that jumps when called": """
-import sys
-def solve(x):
-    def trace(frame, event, argument):
-        if event == 'opcode' and frame.f_lineno == frame.f_code.co_firstlineno + 1:
-            frame.f_lineno = frame.f_code.co_firstlineno + 2
-        return trace
-    frame = sys._getframe(1)
-    frame.f_trace, frame.f_trace_opcodes = trace, True
-    sys.settrace(trace)
-""",
     "verdict written for the supervisor": """
 import os
 def solve(x):
@@ -379,7 +307,7 @@ for name in list(sys.modules): sys.modules[name] = None
 # Should the sandbox ever be broken, the attack does not run: it would hit the machine of whoever runs the tests.
 GUARD = """
 import os
-if os.getpid() != 1 or os.path.exists('/etc') or os.path.exists('SENTINEL'):
+if os.getppid() != 1 or os.path.exists('/etc/shadow') or os.path.exists('SENTINEL'):
     print('NOT CONTAINED')
     os._exit(77)
 """
