@@ -16,6 +16,7 @@ from torch.distributions import Distribution, constraints
 
 _NEVER = torch.finfo(torch.float32).min  # logit of an illegal position: exp gives 0, differences stay finite
 _LIMIT = 1e30  # logits are clamped to it, so that infinite ones and sums over positions stay finite
+_COLDEST, _HOTTEST = 1e-20, 1e20  # beyond them float32 draws what it draws there, but for infinite quotients
 _SMALL = -15.0  # below it log(1 + e^x) = e^x and 1 - exp(-e^x) = e^x to float32 precision
 
 
@@ -56,7 +57,8 @@ class UnmaskDistribution(Distribution):
         logits, legal = torch.broadcast_tensors(logits.float(), action_mask != 0)
         refuse_nan(logits)
         self.action_mask = legal
-        self.logits = (logits / temperature).clamp(-_LIMIT, _LIMIT).masked_fill(~legal, _NEVER)  # (.., L)
+        quotient = logits / min(max(temperature, _COLDEST), _HOTTEST)
+        self.logits = quotient.clamp(-_LIMIT, _LIMIT).masked_fill(~legal, _NEVER)  # (.., L)
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
 
     def from_noise(self, noise: Tensor) -> Tensor:

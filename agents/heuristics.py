@@ -31,6 +31,8 @@ from dllm_gym.checks import number, whole
 
 Observation = Mapping[str, Tensor]
 
+KL_MOST = 100.0  # nats: what the environment shows of larger divergences, and before there is one
+
 
 def first_k(score: Tensor, legal: Tensor, k: int) -> Tensor:
     """bool [.., L]: the ``k`` legal positions of the highest score (all where fewer are legal), leftmost of equals."""
@@ -250,13 +252,13 @@ class Klass(Rule):
 
     Args:
         confidence: in [0, 1].
-        kl: nats, > 0.
+        kl: nats, > 0 and at most the largest divergence that is observed (KL_MOST).
         history: how many steps, >= 1.
     """
 
     def __init__(self, confidence: float = 0.9, kl: float = 0.01, history: int = 2):
         number("confidence", confidence, least=0, most=1)
-        number("kl", kl, above=0)
+        number("kl", kl, above=0, most=KL_MOST)
         self.confidence, self.kl, self.history = confidence, kl, whole("history", history)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def number(
 ) -> float:
     """A finite number from ``least`` to ``most``, greater than ``above`` if that is given."""
     fits = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not least <= value <= most or (above is not None and value <= above):
+    fits = fits and abs(value) <= sys.float_info.max  # not a NaN either; math.isfinite refuses larger integers
+    if not fits or not least <= value <= most or (above is not None and value <= above):
         bounds = [] if above is None else [f"> {above:g}"]
         bounds += [f">= {least:g}"] if least > -math.inf else []
         bounds += [f"<= {most:g}"] if most < math.inf else []

@@ -54,8 +54,9 @@ class DLLMUnmaskEnv(gym.Env):
       position; committed positions read 0.
     - ``margin`` float32 [L] (``margin=True``): the largest probability minus the second largest; committed: 1.
     - ``kl`` float32 [L, H] (``kl=H``): KL(p_t || p_{t-1}) in nats between the distributions of successive steps of the
-      episode, the last H of them, newest first (KLASS, arXiv 2511.05664). +inf where the episode has had fewer steps,
-      0 for a step that unmasked nothing; committed positions read 0. It keeps L * V * 4 bytes per lane.
+      episode, the last H of them, newest first (KLASS, arXiv 2511.05664). 100, the most that is shown, where the
+      episode has had fewer steps, 0 for a step that unmasked nothing; committed positions read 0. It keeps L * V * 4
+      bytes per lane.
     - ``hidden`` float32 [L, d] (``hidden=True``): the dLLM's last hidden states.
     - ``preference`` float32 [1] (``alpha=[low, high]``): where in the range the episode's alpha lies, on a logarithmic
       scale: 0 is low (quality counts), 1 is high (speed counts). Every episode draws its own, unless

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dllm_gym.models.cache import BlockCache
 
 FIRST_BYTES = 1 << 26  # kept of first predictions (64 MiB)
+KL_MOST = 100.0  # nats; exp(-100) is about the smallest probability that float32 holds
 ENTRY_BYTES = 2000  # that keeping one takes besides its numbers, roughly
 
 
@@ -100,18 +101,19 @@ class Drift:
         lanes: B. length: L. vocabulary: V. history: H. device: where everything lives.
 
     Attributes:
-        kl: float32 [B, L, H], KL(p_t || p_{t-1}) in nats, newest first; +inf where there was no prediction before.
+        kl: float32 [B, L, H], KL(p_t || p_{t-1}) in nats, newest first; KL_MOST where it is larger, and where there
+            was no prediction before.
         log_prob: float32 [B * L, V], the last distribution of every position, -inf before an episode's first.
     """
 
     def __init__(self, lanes: int, length: int, vocabulary: int, history: int, device: torch.device):
         self.length = length
-        self.kl = torch.full((lanes, length, history), torch.inf, device=device)
+        self.kl = torch.full((lanes, length, history), KL_MOST, device=device)
         self.log_prob = torch.full((lanes * length, vocabulary), -torch.inf, device=device)
 
     def forget(self, lanes: Tensor) -> None:
-        """New episodes begin: the divergence of a first prediction from -inf is +inf."""
-        self.kl[lanes] = torch.inf
+        """New episodes begin: the divergence of a first prediction from -inf is infinite."""
+        self.kl[lanes] = KL_MOST
         rows = lanes[:, None] * self.length + torch.arange(self.length, device=lanes.device)
         self.log_prob[rows] = -torch.inf
 
@@ -123,7 +125,8 @@ class Drift:
         """New distributions [n, V] of the flat positions ``at`` (int64 [n], lane * L + position) in these lanes."""
         self._shift(lanes)
         for new, rows in parts(log_prob, at):
-            self.kl.view(-1, self.kl.shape[-1])[rows, 0] = kl_divergence(new, self.log_prob[rows])
+            divergence = kl_divergence(new, self.log_prob[rows])
+            self.kl.view(-1, self.kl.shape[-1])[rows, 0] = divergence.clamp_max(KL_MOST)
             self.log_prob[rows] = new
 
     def _shift(self, lanes: Tensor) -> None:

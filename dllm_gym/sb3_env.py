@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
 
 from dllm_gym.unmasking import EnvConfig
 from dllm_gym.vector_env import DLLMUnmaskVectorEnv, check_options
@@ -62,7 +61,7 @@ class DLLMUnmaskSB3VecEnv(VecEnv):
     """
 
     def __init__(self, num_envs: int = 1, render_mode: str | None = None, **settings: Any):
-        self.vector_env = DLLMUnmaskVectorEnv(num_envs, AutoresetMode.SAME_STEP, render_mode, **settings)
+        self.vector_env = DLLMUnmaskVectorEnv(num_envs, AutoresetMode.SAME_STEP, render_mode, "numpy", **settings)
         self._views = [Lane(self, index) for index in range(num_envs)]
         self.legal: np.ndarray | None = None  # bool [N, L], the last observation's action_mask; None: never reset
         self._actions: np.ndarray | None = None  # between step_async and step_wait
@@ -75,7 +74,7 @@ class DLLMUnmaskSB3VecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self._actions = None
-        return self._to_numpy(observation)
+        return self._note(observation)
 
     def _chosen(self) -> dict[str, list[int]] | None:
         """What :meth:`set_options` asked for, as the vector environment's options."""
@@ -98,25 +97,16 @@ class DLLMUnmaskSB3VecEnv(VecEnv):
         """
         actions, self._actions = self._actions, None
         observation, reward, terminated, truncated, info = self.vector_env.step(actions)
-        ended = self._to_host(terminated | truncated)
-        cut = self._to_host(truncated & ~terminated)
-        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(flag)} for flag in cut]
-        if ended.any():
-            episode = {name: self._to_host(value) for name, value in info["episode"].items()}
-            final = {name: self._to_host(value) for name, value in info["final_obs"].items()}
-            for lane in np.flatnonzero(ended):
-                infos[lane]["episode"] = {name: value[lane].item() for name, value in episode.items()}
-                infos[lane]["terminal_observation"] = {name: value[lane] for name, value in final.items()}
-        return self._to_numpy(observation), self._to_host(reward), ended, infos
+        ended = terminated | truncated
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(flag)} for flag in truncated & ~terminated]
+        for lane in np.flatnonzero(ended):
+            infos[lane]["episode"] = {name: value[lane].item() for name, value in info["episode"].items()}
+            infos[lane]["terminal_observation"] = {name: value[lane] for name, value in info["final_obs"].items()}
+        return self._note(observation), reward, ended, infos
 
-    def _to_numpy(self, observation: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        arrays = {name: self._to_host(value) for name, value in observation.items()}
-        self.legal = arrays["action_mask"] == 1
-        return arrays
-
-    @staticmethod
-    def _to_host(values: Tensor) -> np.ndarray:
-        return values.cpu().numpy()  # the vector environment's tensors are fresh: SB3 may write into the array
+    def _note(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.legal = observation["action_mask"] == 1
+        return observation
 
     # ---- lane by lane ----
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box, MultiBinary, Space
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from dllm_gym.batches import upload
 from dllm_gym.dealer import Dealer
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking
-from dllm_gym.vector_env import check_action
+from dllm_gym.vector_env import check_action, observation_space
 
 
 class DLLMUnmaskTorchRLEnv(EnvBase):
@@ -42,25 +42,10 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
     def __init__(self, num_envs: int = 1, **settings: Any):
         self.core = Unmasking(num_envs, EnvConfig.of(settings))
         super().__init__(device=self.core.dllm.device, batch_size=torch.Size([num_envs]))
-        N, L, K = num_envs, self.core.L, self.core.sampling.top_k
-        entries: dict[str, Any] = {
-            "confidence": Bounded(0, 1, shape=(N, L, K), dtype=torch.float32),
-            "mask": Binary(L, shape=(N, L), dtype=torch.int8),
-            "action_mask": Binary(L, shape=(N, L), dtype=torch.int8),
-            "time": Bounded(0, self.core.max_steps / L, shape=(N, 1), dtype=torch.float32),
-            "score": Bounded(0, 1, shape=(N, 1), dtype=torch.float32),
-            "nfe": Unbounded(shape=(N, 1), dtype=torch.int64),
-        }
-        if self.core.sampling.entropy:
-            entries["entropy"] = Bounded(0, math.log(self.core.dllm.vocab_size), shape=(N, L), dtype=torch.float32)
-        if self.core.sampling.margin:
-            entries["margin"] = Bounded(0, 1, shape=(N, L), dtype=torch.float32)
-        if self.core.predictions.drift is not None:
-            entries["kl"] = Unbounded(shape=self.core.predictions.drift.kl.shape, dtype=torch.float32)
-        if self.core.alphas is not None:
-            entries["preference"] = Bounded(0, 1, shape=(N, 1), dtype=torch.float32)
-        if self.core.sampling.hidden:
-            entries["hidden"] = Unbounded(shape=(N, L, self.core.dllm.hidden_size), dtype=torch.float32)
+        N, L = num_envs, self.core.L
+        entries = {name: self._spec(space) for name, space in observation_space(self.core).items()}
+        entries["score"] = Bounded(0, 1, shape=(N, 1), dtype=torch.float32, device=self.device)
+        entries["nfe"] = Unbounded(shape=(N, 1), dtype=torch.int64, device=self.device)
         self.observation_spec = Composite(entries, shape=(N,), device=self.device)
         self.action_spec = Binary(L, shape=(N, L), dtype=torch.int8, device=self.device)
         self.reward_spec = Unbounded(shape=(N, 1), dtype=torch.float32, device=self.device)
@@ -72,6 +57,17 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         self._was_reset = False
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
+
+    def _spec(self, space: Space) -> TensorSpec:
+        """The spec of an entry whose value in one lane lies in ``space``; on the device, as every part of a spec."""
+        shape = (self.core.B, *(space.shape or ()))
+        if isinstance(space, MultiBinary):
+            return Binary(shape[-1], shape=shape, dtype=torch.int8, device=self.device)
+        assert isinstance(space, Box)
+        if not space.is_bounded():
+            return Unbounded(shape=shape, dtype=torch.float32, device=self.device)
+        low, high = float(space.low.min()), float(space.high.max())  # one bound for all positions
+        return Bounded(low, high, shape=shape, dtype=torch.float32, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         self.dealer.seed(seed)

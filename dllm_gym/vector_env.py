@@ -1,9 +1,9 @@
-"""The Gymnasium vector face: many lanes, torch tensors on the dLLM's device."""
+"""The Gymnasium vector face: many lanes; observations stay on the dLLM's device, all else is numpy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -16,10 +16,15 @@ from torch import Tensor
 
 from dllm_gym import render
 from dllm_gym.batches import upload
-from dllm_gym.checks import whole
+from dllm_gym.checks import choice, whole
 from dllm_gym.dealer import Dealer
+from dllm_gym.predictions import KL_MOST
 from dllm_gym.unmasking import EnvConfig, Outcome, Unmasking
 
+ARRAYS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "torch": dict,
+    "numpy": lambda observation: {name: value.cpu().numpy() for name, value in observation.items()},
+}
 FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
 
 
@@ -37,7 +42,7 @@ def observation_space(core: Unmasking) -> Dict:
     if core.sampling.margin:
         spaces["margin"] = Box(0.0, 1.0, (L,), np.float32)
     if core.predictions.drift is not None:
-        spaces["kl"] = Box(0.0, np.inf, core.predictions.drift.kl.shape[1:], np.float32)
+        spaces["kl"] = Box(0.0, KL_MOST, core.predictions.drift.kl.shape[1:], np.float32)
     if core.alphas is not None:
         spaces["preference"] = Box(0.0, 1.0, (1,), np.float32)
     if core.sampling.hidden:
@@ -70,15 +75,17 @@ class DLLMUnmaskVectorEnv(VectorEnv):
     [True, True]
 
     ## Observation and action
-    The single environment's with a leading lane axis [N, ...], as torch tensors on the dLLM's device. Actions are
-    integer or bool tensors (or arrays) of shape [N, L]. Rewards are float32 [N], ``terminated`` and ``truncated``
-    bool [N]. No tensor that is returned is written to again.
+    The single environment's with a leading lane axis [N, ...]. Observations are torch tensors on the dLLM's device, or
+    numpy arrays with ``arrays="numpy"``, for learners and wrappers that compute in numpy. Actions are integer or bool
+    tensors or arrays of shape [N, L]. All else is made on the host and is numpy in either case, as Gymnasium's wrappers
+    want it: rewards float32 [N], ``terminated`` and ``truncated`` bool [N], and the infos, final observations included.
+    Nothing that is returned is written to again.
 
     ## Autoreset
     ``autoreset_mode`` is one of Gymnasium's three (enum or its value).
 
     - ``SAME_STEP`` (default): a lane that finishes takes its next prompt within the same step, so every forward serves
-      every lane. ``info["final_obs"]`` holds the last observations (valid where ``info["_final_obs"]``),
+      every lane. ``info["final_obs"]`` holds the last observations (where ``info["_final_obs"]``; 0 elsewhere),
       ``info["final_info"]`` the last infos.
     - ``NEXT_STEP``: the step after the end starts the next episode; its action is ignored and its reward is 0.
     - ``DISABLED``: finished lanes wait for ``reset(options={"reset_mask": bool [N]})``.
@@ -99,6 +106,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         num_envs: N, the number of lanes.
         autoreset_mode: see above.
         render_mode: ``"ansi"`` or ``"rgb_array"``; :meth:`render` gives one frame per lane.
+        arrays: what observations are made of, ``"torch"`` or ``"numpy"``.
         settings: the fields of :class:`~dllm_gym.unmasking.EnvConfig`.
 
     Raises:
@@ -112,8 +120,10 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         num_envs: int = 1,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
+        arrays: str = "torch",
         **settings: Any,
     ):
+        self._deliver = ARRAYS[choice("arrays", arrays, ARRAYS)]
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError:
@@ -137,7 +147,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start episodes in all lanes, or in those of ``options["reset_mask"]``.
 
         Args:
@@ -157,7 +167,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             self.core.place(range(self.num_envs), *self.dealer.open(options))
             self._waiting = np.zeros(self.num_envs, bool)
         self.core.predict()
-        return self.core.observe(), {}
+        return self._deliver(self.core.observe()), {}
 
     def _reset_some(self, reset_mask: np.ndarray, seed: Any, options: dict[str, Any]) -> np.ndarray:
         """New episodes in the lanes of ``reset_mask``; returns which lanes still wait."""
@@ -181,7 +191,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         if len(lanes):
             self.core.place(lanes, *zip(*dealt, strict=True))
 
-    def step(self, actions: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Unmask the chosen positions in every lane.
 
         Args:
@@ -209,35 +219,35 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         info = self._information(outcome)
         if last is not None:
             info |= {"final_obs": last, "final_info": dict(info)}
-            info |= dict.fromkeys(("_final_obs", "_final_info"), info["_episode"])
-        flags = [self._to_device(x) for x in (outcome.reward, outcome.terminated, outcome.truncated)]
-        return self.core.observe(), flags[0], flags[1], flags[2], info
+            info |= {name: done.copy() for name in ("_final_obs", "_final_info")}
+        observation = self._deliver(self.core.observe())
+        return observation, outcome.reward.copy(), outcome.terminated.copy(), outcome.truncated.copy(), info
 
-    def _last_observation(self, done: np.ndarray) -> dict[str, Tensor]:
-        """What is seen of the lanes that are about to be refilled."""
+    def _last_observation(self, done: np.ndarray) -> dict[str, np.ndarray]:
+        """What is seen of the lanes that are about to be refilled, with zeros for the others."""
         if self.core.stale[done].any():
             self.core.predict()  # masked positions of a truncated lane deserve their true confidences
-        return self.core.observe()
+        where = upload(np.flatnonzero(done), self.device)
+        last = {}
+        for name, value in self.core.observe().items():
+            seen = value[where].cpu().numpy()
+            last[name] = np.zeros((self.num_envs, *seen.shape[1:]), seen.dtype)
+            last[name][done] = seen
+        return last
 
     def _information(self, outcome: Outcome) -> dict[str, Any]:
         done = outcome.done
         if not done.any():
             return {}
         episode = {
-            "r": outcome.reward,
+            "r": outcome.reward.copy(),
             "l": np.where(done, outcome.nfe, 0),
-            "score": outcome.score,
+            "score": outcome.score.copy(),
             "example": np.where(done, outcome.example, -1),
         }
         if self.core.alphas is not None:
             episode["alpha"] = np.where(done, outcome.alpha, 0).astype(np.float32)
-        return {
-            "episode": {name: self._to_device(value) for name, value in episode.items()},
-            "_episode": self._to_device(done),
-        }
-
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        return upload(values, self.device)  # a copy: what is returned is the caller's
+        return {"episode": episode, "_episode": done}
 
     def last_completions(self) -> list[str | None]:
         """The text of the last finished episode of every lane (None where none has finished)."""

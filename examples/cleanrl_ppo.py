@@ -1,4 +1,4 @@
-"""PPO in one file on gym.make_vec("DLLMUnmask-v0"): step, store (T, N), GAE, minibatch epochs; tensors stay torch.
+"""PPO in one file on gym.make_vec("DLLMUnmask-v0"): step, store (T, N), GAE, minibatch epochs; observations stay torch.
 
 python examples/cleanrl_ppo.py                     # a minute on two CPU cores
 python examples/cleanrl_ppo.py --alpha=1 --seed=2  # every field of Settings is an option
@@ -13,6 +13,7 @@ import argparse
 from dataclasses import dataclass, fields
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli
@@ -103,11 +104,13 @@ def main(s: Settings) -> list[dict[str, float]]:
                 logits, values[t] = agent(next_obs)
                 actions[t] = torch.bernoulli(logits.sigmoid()) * next_obs["action_mask"]
                 logprobs[t], _ = likelihood(logits, next_obs["action_mask"], actions[t])
-            next_obs, rewards[t], terminated, truncated, info = envs.step(actions[t])
-            dones[t] = terminated | truncated  # also where truncated: the answer has been graded, nothing is to come
+            next_obs, reward, terminated, truncated, info = envs.step(actions[t])  # numpy, but for the observation
+            rewards[t] = torch.from_numpy(reward)
+            ended = terminated | truncated  # also where truncated: the answer has been graded, nothing is to come
+            dones[t] = torch.from_numpy(ended)
             if "episode" in info:
                 told = info["episode"]
-                episodes.append(torch.stack([told["r"], told["score"], told["l"].float()], -1)[info["_episode"]])
+                episodes.append(np.stack([told["r"], told["score"], told["l"]], -1)[info["_episode"]])
 
         with torch.no_grad():
             advantages = gae(rewards, values, dones, agent(next_obs)[1], s)
@@ -131,7 +134,7 @@ def main(s: Settings) -> list[dict[str, float]]:
                 nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
                 optimizer.step()
 
-        reward, score, nfe = torch.cat(episodes).mean(0).tolist() if episodes else [float("nan")] * 3
+        reward, score, nfe = np.concatenate(episodes).mean(0).tolist() if episodes else [float("nan")] * 3
         steps, loss = (iteration + 1) * T * N, loss.item()
         history.append({"steps": steps, "reward": reward, "score": score, "nfe": nfe, "loss": loss})
         print(f"steps {steps:6d}  reward {reward:.3f}  score {score:.3f}  NFE {nfe:5.2f}  loss {loss:+.4f}", flush=True)

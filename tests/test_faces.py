@@ -105,12 +105,12 @@ def test_vector_contract_in_every_autoreset_mode(mode):
     for step in range(60):
         observation, reward, terminated, truncated, info = envs.step(some(observation, seed=step))
         assert contained(envs, observation)
-        assert (reward.dtype, terminated.dtype, truncated.dtype) == (torch.float32, torch.bool, torch.bool)
+        assert (reward.dtype, terminated.dtype, truncated.dtype) == (np.float32, np.bool_, np.bool_)
         assert reward.shape == terminated.shape == truncated.shape == (3,)
         done = terminated | truncated
         assert ("episode" in info) == bool(done.any())
         if done.any():
-            assert torch.equal(info["_episode"], done) and torch.equal(info["episode"]["r"][done], reward[done])
+            assert (info["_episode"] == done).all() and (info["episode"]["r"][done] == reward[done]).all()
         assert (reward[~done] == 0).all()
         kept.append(observation)
         copies.append({k: v.clone() for k, v in observation.items()})
@@ -136,7 +136,7 @@ def test_same_step_returns_the_new_episode_and_keeps_the_last_observation():
     assert info["_final_obs"].tolist() == [True, False, False]
     assert info["final_obs"]["mask"][0].sum() == 0
     assert (info["final_obs"]["confidence"][0] == 1).all()
-    torch.testing.assert_close(info["final_obs"]["time"][0], torch.tensor([0.05]))
+    np.testing.assert_allclose(info["final_obs"]["time"], [[0.05], [0], [0]], rtol=1e-6)
     assert info["final_info"]["episode"]["r"][0] == reward[0] == info["episode"]["r"][0]
     assert info["episode"]["l"].tolist() == [1, 0, 0]
 
@@ -175,7 +175,7 @@ def test_the_final_observation_of_a_truncated_lane_has_true_confidences():
         observation, _, _, truncated, info = same.step(action)
         expected, _, _, _, _ = disabled.step(action)
     assert truncated[0]
-    assert all(torch.equal(info["final_obs"][k], expected[k]) for k in expected)
+    assert all((info["final_obs"][k] == expected[k].numpy()).all() for k in expected)
 
 
 def test_lanes_draw_independently_of_each_others_timing():

@@ -511,7 +511,7 @@ def test_half_precision_is_close(family, dtype):
 def test_ids_come_from_the_config_then_the_tokenizer(tmp_path):
     dllm = load_dllm(dream(tmp_path / "dream"))
     assert (dllm.mask_id, dllm.eos_id, dllm.pad_id) == (260, 256, 256)
-    assert dllm.stop_ids == {256, 258} and dllm.forbidden_ids == (260,)
+    assert dllm.stop_ids == {256, 258} and dllm.forbidden_ids == (260, 261, 262, 263)  # the tokenizer has 261 tokens
     dllm = load_dllm(qwen(tmp_path / "qwen", "qwen3"))
     assert (dllm.mask_id, dllm.eos_id, dllm.pad_id) == (3, 2, 0)
     assert dllm.stop_ids == {0, 2} and dllm.forbidden_ids == (3,)  # its pads end text: they were targets in training

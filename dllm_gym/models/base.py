@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_gym.models.ids import SpecialIds
+from dllm_gym.models.spelling import Spelling
 from dllm_gym.models.vocabulary import Prediction, Sampling, Vocabulary
 from dllm_gym.noise import fold
 from dllm_gym.prompt import Chat
@@ -29,7 +30,8 @@ class DLLM:
     Attributes:
         mask_id, eos_id, pad_id: special token ids.
         stop_ids: the tokens that end a completion: EOS and the end of a turn.
-        forbidden_ids: the tokens that are never proposed: the mask, and a pad token that does not also end text.
+        forbidden_ids: the tokens that are never proposed: the mask, a pad token that does not also end text, and ids
+            that the tokenizer has no token for.
         vocab_size: V. max_positions: the longest prompt + completion. hidden_size: d.
         vocabulary: the head, as proposals and confidences are read from it.
         compiled: the backbone is compiled for shapes that come again (see :meth:`compile`).
@@ -52,6 +54,7 @@ class DLLM:
         ids = SpecialIds.of(config, tokenizer, self.vocab_size)
         self.mask_id, self.eos_id, self.pad_id = ids.mask, ids.eos, ids.pad
         self.stop_ids, self.forbidden_ids = ids.stop, ids.forbidden
+        self.spelling = Spelling(tokenizer, {ids.mask, ids.pad, *ids.stop})
         self.vocabulary = Vocabulary(self.lm_head, self.vocab_size, self.forbidden_ids)
         self.compiled = False
         self.hidden_size = int(sizes.hidden_size)
@@ -73,17 +76,16 @@ class DLLM:
     def encode(self, prompt: str | Chat) -> list[int]:
         """Token ids of a prompt; in the chat template, when the tokenizer has one, a text is the user's only turn.
 
+        A text that spells a special token (``<|endoftext|>``) is encoded as the text that it is.
+
         Raises:
-            ValueError: the template refuses a role, or leaves a turn out; the vocabulary lacks a character.
+            ValueError: the template refuses a role, or leaves a turn out; the vocabulary lacks a character; a text
+                cannot be encoded without becoming the mask, the padding or an end.
         """
-        text = str(prompt)
-        if getattr(self.tokenizer, "chat_template", None):
-            chat = Chat((("user", prompt),)) if isinstance(prompt, str) else prompt
-            text = self._in_template(chat.turns) + chat.prefill
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False)  # a template writes its own
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ValueError(f"this dLLM's tokenizer has no tokens for the prompt {text[:40]!r}...: {error}") from None
+        if not getattr(self.tokenizer, "chat_template", None):
+            return self.spelling.plain(str(prompt))
+        chat = Chat((("user", prompt),)) if isinstance(prompt, str) else prompt
+        return self.spelling.chat(chat, self._in_template)
 
     def _in_template(self, turns: Iterable[tuple[str, str]]) -> str:
         from jinja2 import TemplateError

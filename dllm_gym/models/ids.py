@@ -55,6 +55,8 @@ class SpecialIds:
                     raise ValueError(f"{name}={i!r} is not valid: the vocabulary has the ids 0 to {vocab_size - 1}")
         if masks[0] in ends:
             raise ValueError(f"mask_token_id={masks[0]} is not valid: that token ends text")
+        # Embeddings are rounded up: ids beyond the tokenizer's, and gaps between them, stand for no text.
+        nameless = set(range(vocab_size)) - set(vocabulary.values())
         # Pads that also end text were targets in training: without them the end of an answer could not be proposed.
-        forbidden = {masks[0], pads[0]} - (set(ends) - {masks[0]})
+        forbidden = ({masks[0], pads[0]} | nameless) - (set(ends) - {masks[0]})
         return cls(masks[0], ends[0], pads[0], frozenset(ends), tuple(sorted(forbidden)))

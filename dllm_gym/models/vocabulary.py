@@ -6,11 +6,13 @@ probabilities, entropy) is put together afterwards, so memory does not grow with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -18,6 +20,7 @@ from torch.nn.functional import linear
 from dllm_gym.noise import fold, uniform_from
 
 SLICE = {"cpu": 2048, "cuda": 16384}  # tokens of the vocabulary that are looked at at a time; a CPU's stay in its cache
+HOTTEST = 1e30  # beyond it every token that may be proposed is as likely as any other, in float32
 PART = 1 << 25  # numbers that one slice, or a reduction over the vocabulary, may hold (128 MiB)
 
 
@@ -50,8 +53,9 @@ class Sampling:
 
     Attributes:
         top_k: K, how many probabilities to return.
-        temperature: 0 proposes the most likely token; otherwise argmax(logits / temperature + Gumbel noise). The
-            confidences are those of the untempered distribution in both cases.
+        temperature: 0 proposes the most likely token; otherwise argmax(logits / temperature + Gumbel noise), which is
+            the most likely token, too, where rounding takes the noise. The confidences are those of the untempered
+            distribution in any case.
         hidden, entropy, margin, log_prob: what else to return. Like the confidences, they describe the untempered
             distribution. ``log_prob`` is the only one whose memory grows with the vocabulary.
     """
@@ -87,6 +91,7 @@ class Vocabulary:
 
     def __init__(self, head: nn.Module, size: int, forbidden: Sequence[int]):
         self.head, self.size, self.forbidden = head, size, forbidden
+        self._never: dict[tuple[int, int], Tensor] = {}  # those in a slice, counted from its start
 
     @property
     def sliced(self) -> bool:
@@ -106,7 +111,8 @@ class Vocabulary:
             stream: int64 [n], a random stream per position; needed with a temperature.
 
         Raises:
-            ValueError: a temperature without streams.
+            ValueError: a temperature without streams, or logits that are not finite (on a CPU; on another device the
+                host does not wait, and the next transfer raises).
         """
         if sampling.temperature > 0 and stream is None:
             raise ValueError(f"temperature={sampling.temperature} draws tokens at random: pass key, one stream per row")
@@ -118,6 +124,7 @@ class Vocabulary:
         for name in Prediction.__dataclass_fields__:
             column = [getattr(piece, name) for piece in pieces]
             columns[name] = None if column[0] is None else torch.cat(column)
+        refuse_nan(columns["confidence"], hidden.dtype)
         return Prediction(**columns)
 
     def _read(self, hidden: Tensor, stream: Tensor | None, sampling: Sampling) -> Prediction:
@@ -138,11 +145,12 @@ class Vocabulary:
         masses = torch.stack(slices.mass) + offset
         mass = masses.logsumexp(0)  # (n,)
         probability = (largest - largest[:, :1] - mass[:, None]).exp()  # (n, k)
+        entropy = mass + _spread(slices, offset, masses - mass) if sampling.entropy else None  # rounding is clamped
         return Prediction(
             torch.stack(slices.token).gather(0, best)[0],
             probability[:, : sampling.top_k],
             hidden=hidden if sampling.hidden else None,
-            entropy=mass + _spread(slices, offset, masses - mass) if sampling.entropy else None,
+            entropy=entropy.clamp(0, math.log(self.size)) if entropy is not None else None,
             margin=probability[:, 0] - probability[:, 1] if sampling.margin else None,
             log_prob=torch.cat(slices.logits, -1) - (largest[:, 0] + mass)[:, None] if sampling.log_prob else None,
         )
@@ -157,18 +165,35 @@ class Vocabulary:
                 logits = linear(hidden, head.weight[here], None if head.bias is None else head.bias[here]).float()
             else:
                 logits = head(hidden).to(hidden.device, torch.float32, copy=True)  # the head may lie elsewhere
-            for token in self.forbidden:
-                if start <= token < start + logits.shape[-1]:
-                    logits[:, token - start] = -torch.inf
-            yield start, logits
+            yield start, logits.index_fill_(1, self._forbidden_in(start, logits), -torch.inf)
+
+    def _forbidden_in(self, start: int, logits: Tensor) -> Tensor:
+        """int64 [m], the forbidden tokens among those of ``logits`` [n, c], counted from ``start``."""
+        place = (start, logits.shape[-1])
+        if place not in self._never or self._never[place].device != logits.device:
+            here = [token - start for token in self.forbidden if start <= token < start + logits.shape[-1]]
+            self._never[place] = torch.tensor(here, dtype=torch.int64, device=logits.device)
+        return self._never[place]
 
     def _candidates(self, logits: Tensor, start: int, stream: Tensor | None, temperature: float) -> Tensor:
-        """Scores [n, c] whose largest is the proposal: logits / temperature + Gumbel noise, or the logits."""
+        """Scores [n, c] whose largest is the proposal: logits + temperature * Gumbel noise, or the logits."""
         if stream is None or temperature == 0:
             return logits
         token = torch.arange(start, start + logits.shape[-1], device=logits.device)
         u = uniform_from(fold(fold(stream, 0)[:, None], token))  # (n, c), the same in any slicing
-        return logits / temperature - (-u.log()).log()
+        noise = -(-u.log()).log()
+        if temperature <= 1:  # the same order; a quotient by a tiny temperature would be infinite for every token
+            return logits + temperature * noise
+        return logits / min(temperature, HOTTEST) + noise
+
+
+def refuse_nan(confidence: Tensor, dtype: torch.dtype) -> None:
+    """Probabilities are numbers unless the network has overflowed."""
+    message = f"the dLLM's logits are not finite in {dtype}: load it in bfloat16 or float32"
+    if confidence.device.type != "cpu":
+        torch._assert_async(~confidence.isnan().any(), message)
+    elif np.isnan(confidence.detach().numpy()).any():
+        raise ValueError(message)
 
 
 def slice_width(device: torch.device) -> int:
