@@ -97,7 +97,10 @@ class EnvConfig:
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
-                raise TypeError(f"{name!r} is no argument of DLLMUnmask-v0: choose from {', '.join(known)}")
+                # Python's own words: TorchRL's GymEnv tries a setting of its own and looks for them.
+                raise TypeError(
+                    f"DLLMUnmask-v0 got an unexpected keyword argument {name!r}: choose from {', '.join(known)}"
+                )
         return cls(**settings)
 
 

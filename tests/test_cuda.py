@@ -67,7 +67,7 @@ def assert_on(device: str, *trees) -> None:
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
-def test_the_vector_env_returns_everything_on_the_models_device(device, mode, mixed_task):
+def test_the_vector_env_returns_observations_on_the_models_device_and_all_else_in_numpy(device, mode, mixed_task):
     settings = {"task": mixed_task, "top_k": 2, "hidden": True, "temperature": 0.7, "max_episode_steps": 5}
     envs = make_vec(device, autoreset_mode=mode, **settings)
     assert envs.device.type == envs.core.dllm.device.type == device
@@ -79,12 +79,15 @@ def test_the_vector_env_returns_everything_on_the_models_device(device, mode, mi
         if step % 2:
             action = action.cpu().numpy()  # actions may come from anywhere
         observation, *flags, info = envs.step(action)
-        assert_on(device, observation, *flags, info)
+        assert_on(device, observation)
+        assert all(isinstance(leaf, np.ndarray) for leaf in leaves((*flags, info)))
         done = flags[1] | flags[2]
         ended += int(done.sum())
         if mode == "Disabled" and done.any():
             observation, info = envs.reset(options={"reset_mask": done})
             assert_on(device, observation, info)
+    numpy = make_vec(device, arrays="numpy", **settings).reset(seed=0)[0]
+    assert all(isinstance(value, np.ndarray) for value in numpy.values())
     assert ended >= 8 and all(isinstance(text, str) for text in envs.last_completions())
 
 

@@ -9,7 +9,13 @@ from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictModule, set_interaction_type
 from torchrl.modules import ProbabilisticActor
 
-from agents.distributions import BernoulliArgmax, MaskedBernoulli, ZeroTruncatedBernoulli
+from agents.distributions import (
+    BernoulliArgmax,
+    DynamicPlackettLuce,
+    MaskedBernoulli,
+    OnePosition,
+    ZeroTruncatedBernoulli,
+)
 
 CLASSES = [MaskedBernoulli, BernoulliArgmax, ZeroTruncatedBernoulli]
 ACTIONS = torch.tensor(list(itertools.product([0, 1], repeat=5)), dtype=torch.int8)  # (32, 5)
@@ -261,3 +267,17 @@ def test_runs_in_a_torchrl_actor(cls):
     assert torch.equal(out["action_log_prob"], distribution.log_prob(out["action"]))
     with set_interaction_type(InteractionType.DETERMINISTIC):
         assert torch.equal(actor(observation.clone())["action"], distribution.deterministic_sample)
+
+
+@pytest.mark.parametrize("kind", [MaskedBernoulli, ZeroTruncatedBernoulli, OnePosition, DynamicPlackettLuce])
+def test_extreme_temperatures_are_the_limits_not_ties(kind):
+    logits = torch.tensor([[-3.0, -1.0, -2.0, 5.0], [3.0, 0.5, 2.0, 9.0]]).expand(200, 2, 4)
+    legal = torch.tensor([1, 1, 1, 0])
+    noise = torch.rand(200, 2, 4, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
+    greedy = (logits > 0) * legal if kind is MaskedBernoulli else kind(logits, legal).deterministic_sample
+    for cold in (5e-324, 1e-310, 1e-40, 1e-20):
+        assert (kind(logits, legal, cold).from_noise(noise) == greedy).all()
+    for hot in (1e20, 1e38, 1.7e308):
+        drawn = kind(logits, legal, hot)
+        assert torch.equal(drawn.from_noise(noise), kind(0 * logits, legal).from_noise(noise))
+        assert drawn.log_prob(drawn.from_noise(noise)).isfinite().all()

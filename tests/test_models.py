@@ -345,3 +345,20 @@ def test_loading_is_silent():
 def test_a_prompt_that_the_vocabulary_cannot_write_is_named(tiny):
     with pytest.raises(ValueError, match="no tokens for the prompt 'What"):
         tiny.encode("What is 2 + 2?")
+
+
+def test_ids_without_text_are_never_proposed_and_have_no_probability(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text()) | {"vocab_size": 32, "embedding_size": 32}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    weights = load_file(checkpoint / "model.safetensors")
+    for name, value in weights.items():
+        if value.shape[0] == 20:
+            weights[name] = torch.cat([value, 9 * value[:12]])  # the nameless ones look best
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    dllm = load_dllm(checkpoint)
+    assert dllm.forbidden_ids == (1, *range(20, 32))
+    tokens = torch.full((3, 9), dllm.mask_id)
+    for sampling in (Sampling(log_prob=True, top_k=32), Sampling(log_prob=True, temperature=50.0)):
+        said = dllm.predict(tokens, None, tokens == dllm.mask_id, sampling, torch.arange(3))
+        assert said.token.max() < 20 and (said.log_prob[:, 20:] == -torch.inf).all()
+        torch.testing.assert_close(said.log_prob.exp().sum(-1), torch.ones(27))

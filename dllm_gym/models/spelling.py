@@ -41,7 +41,9 @@ class Spelling:
             ids = [i for piece in self._cut(text) for i in self._encode(piece, split_special_tokens=True)]
         for token in self.control.intersection(ids):
             name = self.tokenizer.convert_ids_to_tokens(token)
-            raise ValueError(f"the prompt {text[:40]!r}... spells {name!r}: this tokenizer has no other tokens for it")
+            raise ValueError(
+                f"this dLLM's tokenizer reads {name!r} in {text[:40]!r}..., and has no other tokens for it"
+            )
         return ids
 
     def chat(self, chat: Chat, template: Callable[[Turns], str]) -> list[int]:
