@@ -122,6 +122,23 @@ NUMBERS = [
     ("- 72 apples", 72),  # outside a mark it is an item of a list
     ("<answer>10 - 4</answer>", 4),
     ("<answer>7\u200b2</answer>", 72),
+    (r"\boxed{5:00 PM}", 5),
+    (r"\boxed{5{:}00}", 5),
+    ("They meet at 5:30 p.m.", 5.5),
+    ("<answer>10:15</answer>", 10.25),
+    ("12:00", 12),
+    ("a ratio of 3:1", 1),
+    ("5:60", 60),
+    ("72 cm2", 72),
+    ("<answer>16 ft2.</answer>", 16),
+    ("3\u00bd cups", 3.5),
+    ("1'234", 1234),
+    ("<answer>1_000</answer>", 1000),
+    ("US$15", 15),
+    ("Rs.15", 15),
+    ("`72`", 72),
+    ("<b>72</b>", 72),
+    ("**$72.50**", 72.5),
 ]
 
 
@@ -197,6 +214,24 @@ EQUAL = [
     ("5", "2+3=5"),
     ("5", "x=5=5.0"),
     (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"1-\frac{1}{\mathrm{e}}", "1-e^{-1}"),
+    (r"2+3\text{i}", "2+3i"),
+    (r"30^\circ 15'", r"30.25^\circ"),
+    (r"0.\overline{3}", r"\frac13"),
+    (r"0.1\overline{6}", r"\frac16"),
+    ("x**2/3", r"\frac{x^2}{3}"),
+    ("sqrt(2)", r"\sqrt{2}"),
+    ("pi/2", r"\frac{\pi}{2}"),
+    (r"\text{no solution}", "No solution"),
+    ("1:2:3", "2:4:6"),
+    (r"1, 2, \ldots, n", r"1,2,\ldots,n"),
+    (r"28\%", "28 percent"),
+    (r"\emptyset", r"\varnothing"),
+    (r"\(5\)", "5"),
+    ("2, 2, 3", "3,2,2"),
+    (r"\angle ABC", r"\angle CBA"),
+    (r"\{x: x>0\}", r"\{x:x>0\}"),
+    ("12 cm", "12"),
 ]
 DIFFERENT = [
     ("5", "6"),
@@ -232,6 +267,38 @@ DIFFERENT = [
     ("5", "6=5"),
     ("5", "x=6=5"),
     ("72", "72\u200b27"),
+    (r"1, 2, \ldots, n", r"1, 3, 5, \ldots, 2n-1"),
+    (r"1:2:3:\ldots", r"1:4:9:\ldots"),
+    ("1,2,3,...", "1,2,4,..."),
+    ("1+2+...+n", "n"),
+    (r"x^2+\cdots+1", r"x^3+\cdots+1"),
+    (r"1 - \frac{1}{\mathrm{e}}", r"1 + \frac{1}{\mathrm{e}}"),
+    (r"1-\frac{1}{\mathrm{R}}", r"1-\frac{1}{\mathrm{Q}}"),
+    (r"3\mathrm{i}", "3"),
+    (r"n\equiv 2\pmod 5", r"n\equiv 3\pmod 5"),
+    (r"2k\pi,k\in\mathbb{Z}", "2"),
+    (r"\{x\mid x>0\}", r"\{x\mid y>0\}"),
+    (r"\{x\mid x>0\}", "0"),
+    (r"0.\overline{3}", "0"),
+    (r"0.\overline{3}", r"0.\overline{4}"),
+    (r"30^\circ 15'", r"45^\circ"),
+    ("3 +", "3"),
+    (r"\frac{", r"\frac{1"),
+    (r"\sqrt{2", "2"),
+    (r"\begin{pmatrix}1\\2", "1"),
+    (r"\text{listen}", r"\text{silent}"),
+    ("listen", "silent"),
+    ("1:2:3", "1:1:6"),
+    ("1:2:3", "1:6"),
+    ("6:05", "12:10"),
+    ("2,2", "2"),
+    (r"\angle ABC", r"\angle BAC"),
+    (r"\(5\) or \(6\)", "6"),
+    ("between 5 and 6", "6"),
+    (r"3 \text{ remainder } 2", "3"),
+    ("[2,3)", "[2,3]"),
+    (r"x>3", r"x\ge 3"),
+    (r"\emptyset", "0"),
 ]
 
 
@@ -304,6 +371,38 @@ def test_countdown_wants_every_number_once():
     for text in (r"\boxed{3 * 7 + 7}", "<answer>7+7*3=28</answer>", "28 = 7 * 3 + 7", "Let me see:\n7 + 3 × 7\n"):
         assert task.grade(example, text) == 1, text
     assert task.grade(example, task.reply(example)) == 1
+
+
+MARKED_UP = [
+    "**{}**",
+    "***{}***",
+    "*{}*",
+    "__{}__",
+    "`{}`",
+    "$ {} $",
+    r"\({}\)",
+    r"\[{}\]",
+    "<b>{}</b>",
+    "<code>{}</code>",
+]
+MARKED_UP += ["```\n{}\n```", "```python\n{}\n```", r"\text{{{}}}", "Expression: {}", "**Answer:** {}", "{}."]
+
+
+@pytest.mark.parametrize("markup", MARKED_UP)
+@pytest.mark.parametrize(
+    "place", [r"\boxed{{{}}}", "<answer>{}</answer>", "Let me see.\n{}", "<answer>{} = 46</answer>"]
+)
+def test_marks_around_an_expression_do_not_belong_to_it(markup, place):
+    task, example = Countdown(), {"numbers": [3, 7, 25], "target": 46}
+    for right in ("3*7+25", "(3 x 7) + 25", r"3 \times 7 + 25", "25 + 7\u22c53"):
+        assert task.grade(example, place.format(markup.format(right))) == 1, right
+    for wrong in ("3**7+25", "3*7+25*1", "37+25", "3*7", "46", "3 7 25", "3*7+24"):
+        assert task.grade(example, place.format(markup.format(wrong))) == 0, wrong
+
+
+@pytest.mark.parametrize("said", ["So the expression is **3*7+25**", "It is `3*7+25`, at last.", "Thus $3*7+25 = 46$."])
+def test_an_expression_is_found_where_it_is_set_off(said):
+    assert Countdown().grade({"numbers": [3, 7, 25], "target": 46}, said) == 1
 
 
 # ---- hostile texts ----

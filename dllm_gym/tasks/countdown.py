@@ -13,7 +13,17 @@ from dllm_gym.tasks.grading import marked
 
 LONGEST = 200  # characters of an expression
 COLUMNS = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
-SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "\u2212": "-", "[": "(", "]": ")", "$": " "})
+SIGNS = str.maketrans(
+    dict.fromkeys("×·∙•⋅∗✕✖", "*")
+    | dict.fromkeys("÷∕⁄", "/")
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-")
+    | {"[": "(", "]": ")", "{": "(", "}": ")", "$": " ", "`": " ", "\uff0b": "+", "\uff1d": "="}
+)
+MARKUP = re.compile(r"```[a-z]*|</?[a-z]{1,10}>|\\[()\[\],;:! ]|\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])", re.I)
+BOX = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boxed)(?=\{)")
+FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
+EMPHASIS = re.compile(r"(?<![0-9)*_])(\*{1,3}|_{1,3})(?![\s*_])(.+?)(?<=[^\s])\1(?![0-9(*_])")
+SET_OFF = re.compile(r"`([^`\n]+)`|(?<!\*)\*\*([^\n]+?)\*\*(?!\*)|\$([^$\n]+)\$|\\\((.+?)\\\)")
 
 
 class Countdown(DatasetTask):
@@ -21,7 +31,8 @@ class Countdown(DatasetTask):
 
     Allowed are ``+ - * /`` (also as ``\times``, ``\div``, ``\cdot``) and parentheses; what follows ``=`` is not read
     (unless a lone number precedes it: ``46 = 7 * 3 + 25``).
-    The expression is the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without one its last line.
+    The expression is the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without one its last line; of either, what
+    is set off as code, in bold or as a formula, if the whole is no expression.
 
     Rows need the numbers (``numbers``, ``nums`` or ``input``: a list, or a text such as ``3,7,25``) and ``target`` (or
     ``output``), which covers the files of d1 and the dataset on the hub. Example fields: ``numbers``, ``target``.
@@ -68,9 +79,10 @@ class Countdown(DatasetTask):
 
     def grade(self, example: Example, completion: str) -> float:
         reply = self.whole_reply(example, completion)
-        lines = [line for line in reply[-10 * LONGEST :].split("\n") if line.strip()]
-        expression = marked(reply, hashes=False) or (lines[-1] if lines else "")
-        outcome = evaluate(expression)
+        lines = [line for line in reply[-10 * LONGEST :].split("\n") if line.strip(" \t`*_")]
+        said = marked(reply, hashes=False) or (lines[-1] if lines else "")
+        set_off = ["".join(groups) for groups in SET_OFF.findall(said[-2 * LONGEST :])]
+        outcome = evaluate(said) or (evaluate(set_off[-1]) if set_off else None)
         return float(outcome is not None and outcome == (example["target"], sorted(example["numbers"])))
 
 
@@ -95,9 +107,7 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
     >>> evaluate(r"(7 - 3) \times 25 = 100")
     (Fraction(100, 1), [3, 7, 25])
     """
-    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text[: 2 * LONGEST].translate(SIGNS))
-    text = re.sub(r"\\div(?![A-Za-z])", "/", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text))
-    sides = [side.strip() for side in text.split("=")]
+    sides = [side.strip() for side in without_markup(text[: 2 * LONGEST]).split("=")]
     text = sides[1 if len(sides) > 1 and re.fullmatch("[0-9]+", sides[0]) else 0].rstrip(".")
     if len(text) > LONGEST or not re.fullmatch(r"[0-9+\-*/() ]+", text):
         return None
@@ -106,6 +116,21 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
         return _value(ast.parse(text, mode="eval").body, used), sorted(used)
     except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
         return None
+
+
+def without_markup(text: str) -> str:
+    r"""An expression in plain signs: without marks of code, emphasis, LaTeX or what introduces it.
+
+    >>> without_markup(r"Answer: **\(\frac{3}{7} \times 25\)**.")
+    '((3)/(7)) * 25.'
+    """
+    text = MARKUP.sub(" ", text)
+    for _ in range(3):  # one in another
+        text = FRACTION.sub(r"((\1)/(\2))", text)
+    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", re.sub(r"\\div(?![A-Za-z])", "/", BOX.sub("", text)))
+    text = EMPHASIS.sub(r"\2", " ".join(text.translate(SIGNS).split()))
+    text = re.sub(r"(?<=[0-9)]) ?[xX] ?(?=[0-9(])", "*", text.rpartition(":")[2])
+    return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text).strip()
 
 
 def _value(node: ast.expr, used: list[int]) -> Fraction:

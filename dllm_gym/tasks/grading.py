@@ -8,6 +8,7 @@ or change their mind say the final result last. Empty marks are passed over.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import zip_longest
@@ -32,8 +33,9 @@ _HASHES = re.compile(
 _NUMBER = re.compile(
     r"""(?<![0-9.])                              # not inside another number
         (?:(?<![0-9A-Za-z)\]}])-)?               # a sign; after an operand it is a subtraction
-        (?: [0-9]{1,9}[ ]{1,3}(?=[0-9]{1,9}/[0-9]{1,9}(?![0-9.])) [0-9]+      # a mixed number, 2 1/2
-        | [0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[ ][0-9]{3})+)(?![0-9]) (?:\.[0-9]+)?  # 12,000 or 12 000
+        (?: (?:[01]?[0-9]|2[0-4])(?::[0-5][0-9]){1,2}(?![0-9:])                # an hour of the clock, 5:30
+        | [0-9]{1,9}[ ]{1,3}(?=[0-9]{1,9}/[0-9]{1,9}(?![0-9.])) [0-9]+      # a mixed number, 2 1/2
+        | [0-9]{1,3}(?:(?:,[0-9]{3})+|(?:[ ][0-9]{3})+|(?:['’_][0-9]{3})+)(?![0-9]) (?:\.[0-9]+)?  # 12,000 or 12 000
         | [0-9]+(?:\.[0-9]+)? | \.[0-9]+ )
         (?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?
         (?:/[0-9]{1,30}(?![0-9.]))?              # a fraction""",
@@ -45,6 +47,8 @@ _AFTER_WHOLE = re.compile(r"(?<=[0-9])\s*(?=\\[dtc]?frac)")
 _EXPONENT = r"[ ]?\^[ ]?(?:\{[ ]?([-+]?[0-9]{1,3})[ ]?\}|([-+]?[0-9]{1,3}))"
 _POWER_OF_TEN = re.compile(rf"([0-9])[ ]?(?:\\times|\\cdot|[×·*x])[ ]?10{_EXPONENT}")
 _UNIT_POWER = re.compile(rf"(?<=[A-Za-z)}}]){_EXPONENT}")  # of m^2
+_UNIT_SQUARED = re.compile(r"(?<=[0-9])([ ]?(?:[kcdm]?m|in|ft|yd|mi))[23](?![0-9A-Za-z]|\.[0-9])")  # 72 cm2
+_VULGAR = re.compile("[¼-¾⅐-⅞↉]")  # a fraction in one character
 _SPACED_SIGN = re.compile(r"(?<==)([ ]{0,9}-)[ ]{1,9}(?=[0-9.])")
 
 
@@ -107,23 +111,35 @@ def numbers(text: str) -> list[Fraction]:
     r"""The decimal numbers of a text, in order.
 
     Thousands may be grouped by commas or spaces; currency signs, units and percent signs are passed over (50% reads
-    50). Fractions, mixed numbers (2 1/2) and powers of ten (1.5 * 10^3) are read whole.
+    50). Fractions, mixed numbers (2 1/2) and powers of ten (1.5 * 10^3) are read whole, the clock in hours (5:30 reads
+    5.5).
 
     >>> [str(n) for n in numbers(r"$1,234.50, then -5 of 3/4 and 1\frac{1}{2}, 7-2 km^2.")]
     ['2469/2', '-5', '3/4', '3/2', '7', '2']
     """
-    text = strip_macros(visible(text[-LIMIT:])).replace("{,}", ",")
+    text = _VULGAR.sub(_spelled_out, visible(text[-LIMIT:]))
+    text = strip_macros(text).replace("{,}", ",").replace("{:}", ":")
+    text = re.sub(r"(?<=[A-Za-z])\.(?=[0-9])", ". ", text)  # Rs.15
     text = re.sub(r"[$€£]", "", _FRACTION.sub(r"\1\2/\3\4 ", _AFTER_WHOLE.sub(" ", text)))
     text = _UNIT_POWER.sub("", _POWER_OF_TEN.sub(r"\1e\2\3", text))
     text = _SPACED_SIGN.sub(r"\1", text.replace("*", "|"))  # 5*3 is not 53, 5 * 1/2 not 5 1/2
+    text = _UNIT_SQUARED.sub(r"\1", text)
     return [value for value in map(_value, _NUMBER.findall(text)) if value is not None]
+
+
+def _spelled_out(vulgar: re.Match[str]) -> str:
+    return f" {unicodedata.normalize('NFKC', vulgar.group())} ".replace("⁄", "/")
 
 
 def _value(number: str) -> Fraction | None:
     if len(number) > 64:  # no answer of a person has so many digits, and huge integers are slow
         return None
     try:
-        rest, _, denominator = number.replace(",", "").partition("/")
+        if ":" in number:
+            sign = -1 if number.startswith("-") else 1
+            parts = enumerate(number.lstrip("-").split(":"))
+            return sum((sign * Fraction(int(part), 60**i) for i, part in parts), Fraction(0))
+        rest, _, denominator = re.sub("[,'’_]", "", number).partition("/")
         whole, _, numerator = rest.rpartition(" ") if denominator else ("", "", rest.replace(" ", ""))
         part = Fraction(numerator) / Fraction(denominator or 1)
         if not whole.strip() or part >= 1:  # 3 5/2 is no mixed number

@@ -18,6 +18,15 @@ _NOTHING = re.compile(r"(?<!\\)\\(?:!|(?:left|right|displaystyle)(?![A-Za-z]))")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 _MIXED = re.compile(r"(?<![0-9.,/^_{])([0-9]{1,9})(?:\s|\\[,;: ]|~)+([0-9]{1,9})/([0-9]{1,9})(?![0-9.])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[ ][0-9]{3})+(?![0-9])")
+_TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}")
+_FIGURE = re.compile(r"\\(angle|overline|triangle|widehat)\{?([A-Z]{2,6})\}?")
+_REPEATING = re.compile(r"(?<![0-9.,])([0-9]{1,9})\.([0-9]{0,9})\\(?:overline|bar|dot)\s*\{([0-9]{1,9})\}(?![0-9])")
+_PERCENT = re.compile(r"(?<=[0-9})])\s*(?:\\?%|\\?percent(?:age)?(?![A-Za-z]))")
+_RATIO = re.compile(r"[0-9]{1,15}(?::[0-9]{1,15}){2,9}")  # 1:2:3
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of a formula
+_ROMAN = re.compile(r"\\(?:mathrm|text|textrm|operatorname|rm)\s*\{\s*([ei])\s*\}|\{\s*\\rm\s+([ei])\s*\}")  # 1/e, 3i
+_MINUTES = re.compile(r"([0-9]{1,5})\s?\^?\{?\\circ\}?\s?([0-9]{1,2})\s?(?:'|\^?\{?\\prime\}?)(?!\s?[0-9'])")
 _BASED = re.compile(r"-?[0-9][0-9A-Z]*_[0-9]+")  # 4210_5
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
 
@@ -42,12 +51,16 @@ def visible(text: str) -> str:
 
 
 def readable(latex: str) -> str:
-    r"""What is visible, with mixed numbers as math-verify reads them.
+    r"""What is visible, in the signs that math-verify reads: mixed numbers, roman e and i (units to it), 30\degree 15'.
 
-    >>> readable("1 1/2")
-    '1\\frac{1}{2}'
+    >>> readable("1 1/2"), readable(r"\mathrm{e}^2"), readable(r"30^\circ 15'")
+    ('1\\frac{1}{2}', 'e^2', '(30+\\frac{15}{60})^\\circ')
     """
-    return _MIXED.sub(r"\1\\frac{\2}{\3}", visible(latex))
+    latex = _ROMAN.sub(r" \1\2", _DELIMITER.sub(" ", visible(latex))).strip()
+    latex = _PERCENT.sub("", _REPEATING.sub(_repeating, latex)).replace("**", "^").replace("\\varnothing", "\\emptyset")
+    latex = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", latex)
+    latex = _MINUTES.sub(r"(\1+\\frac{\2}{60})^\\circ", latex)
+    return _MIXED.sub(r"\1\\frac{\2}{\3}", latex)
 
 
 def normal(latex: str) -> str:
@@ -71,11 +84,56 @@ def decide(gold: str, answer: str) -> bool | None:
         return left == right != ""
     if _PLAIN.fullmatch(left) and _PLAIN.fullmatch(right):
         return _number(left) == _number(right)
+    for of_a_kind in (_lists, _ratios, _words, _figures):
+        verdict = of_a_kind(left, right)
+        if verdict is not None:
+            return verdict
     if _BASED.fullmatch(left) and _BASED.fullmatch(right):
         return False  # math-verify does not look at the base
     if "=" not in left and len({_number(side) for side in right.split("=") if _PLAIN.fullmatch(side)}) > 1:
         return False  # 6 = 5: it would take the last side
     return None
+
+
+def _lists(left: str, right: str) -> bool | None:
+    """Lists of numbers: equal in any order, each as often (math-verify makes sets of them: 2, 2 is 2)."""
+    a, b = ([_number(part) for part in side.split(",") if _PLAIN.fullmatch(part)] for side in (left, right))
+    if len(a) <= left.count(",") or len(b) <= right.count(",") or len(a) == len(b) == 1:
+        return None  # something else is among them, or they are no lists
+    return sorted(a) == sorted(b)
+
+
+def _ratios(left: str, right: str) -> bool | None:
+    """Ratios of three or more numbers (to math-verify 1:2:3 is 1/6), and times of day such as 6:05."""
+    if _TIME.fullmatch(left) and _TIME.fullmatch(right) and ":0" in left + right:
+        return left == right
+    if not _RATIO.fullmatch(left) and not _RATIO.fullmatch(right):
+        return None
+    if not _RATIO.fullmatch(left) or not _RATIO.fullmatch(right):
+        return False
+    a, b = ([int(part) for part in side.split(":")] for side in (left, right))
+    return len(a) == len(b) and all(x * sum(b) == y * sum(a) for x, y in zip(a, b, strict=True))
+
+
+def _words(left: str, right: str) -> bool | None:
+    """Words: to math-verify they are products of their letters, and silent is listen."""
+    return left.lower() == right.lower() if _WORD.fullmatch(left) or _WORD.fullmatch(right) else None
+
+
+def _figures(left: str, right: str) -> bool | None:
+    """Angles, segments and triangles, named by their points from either end (a triangle from any)."""
+    a, b = _FIGURE.fullmatch(left), _FIGURE.fullmatch(right)
+    if not a or not b:
+        return None
+    orders = {a[2], a[2][::-1]}
+    return a[1] == b[1] and (b[2] in orders or (a[1] == "triangle" and sorted(a[2]) == sorted(b[2])))
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """A repeating decimal as a fraction: 0.1 and then 3 for ever is (13 - 1) / 90."""
+    whole, fixed, again = match.groups()
+    numerator = int(whole + fixed + again) - int(whole + fixed)
+    return f"\\frac{{{numerator}}}{{{'9' * len(again) + '0' * len(fixed)}}}"
 
 
 def _number(plain: str) -> Fraction:

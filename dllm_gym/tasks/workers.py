@@ -217,12 +217,25 @@ def start(command: Sequence[str | os.PathLike[str]], **settings: Any) -> subproc
 
 
 def same_latex(gold: str, answer: str) -> bool:
-    """What math-verify says; it may take any time."""
+    """What math-verify says of two texts that it understands to the end; it may take any time."""
     import math_verify  # type: ignore[import-untyped]
 
-    extract = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
-    sides = (math_verify.parse(f"${text.replace('$', '')}$", extract, parsing_timeout=None) for text in (gold, answer))
-    return bool(math_verify.verify(*sides, timeout_seconds=None))
+    sides = [formula(" ".join(text.replace("$", "").split())) for text in (gold, answer)]
+    return bool(all(sides) and math_verify.verify(*sides, timeout_seconds=None))
+
+
+def formula(text: str) -> list[Any]:
+    """A text as math-verify parses it: LaTeX, or all of it an expression such as ``x**2/3``; [] if it is neither.
+
+    Left to itself math-verify takes the last number of what it does not understand, and 1, 2, ..., 2n is 2.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    if not found:
+        found, whole = parse(text, [ExprExtractionConfig()], parsing_timeout=None), "".join(text.split())
+        found = found[:1] if len(found) > 1 and "".join(str(found[1]).split()) == whole else []
+    return found
 
 
 @functools.lru_cache(maxsize=8)
