@@ -517,10 +517,10 @@ def test_ids_come_from_the_config_then_the_tokenizer(tmp_path):
     dllm = load_dllm(qwen(tmp_path / "qwen", "qwen3"))
     assert (dllm.mask_id, dllm.eos_id, dllm.pad_id) == (3, 2, 0)
     assert dllm.stop_ids == {0, 2}  # its pads end text: they were targets in training
-    assert dllm.forbidden_ids == (3, 46, 47, 48, 49)
+    assert dllm.forbidden_ids == (3, 46, 47, 48, 49)  # the tokenizer has 46 tokens
     dllm = load_dllm(bert(tmp_path / "bert"))
     assert (dllm.mask_id, dllm.eos_id, dllm.pad_id) == (4, 3, 0)
-    assert dllm.stop_ids == {3} and dllm.forbidden_ids == (0, 4)
+    assert dllm.stop_ids == {3} and dllm.forbidden_ids == (0, 4, 47, 48, 49)
 
 
 def test_ids_may_stand_in_the_generation_config(tmp_path):

@@ -22,7 +22,7 @@ SIGNS = str.maketrans(
 MARKUP = re.compile(r"```[a-z]*|</?[a-z]{1,10}>|\\[()\[\],;:! ]|\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])", re.I)
 BOX = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boxed)(?=\{)")
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
-EMPHASIS = re.compile(r"(?<![0-9)*_])(\*{1,3}|_{1,3})(?![\s*_])(.+?)(?<=[^\s])\1(?![0-9(*_])")
+EMPHASIS = re.compile(r"(?<![0-9)*_])(\*{1,3}|_{1,3})(?![*_])(.+?)\1(?![0-9(*_])")
 SET_OFF = re.compile(r"`([^`\n]+)`|(?<!\*)\*\*([^\n]+?)\*\*(?!\*)|\$([^$\n]+)\$|\\\((.+?)\\\)")
 
 
@@ -122,14 +122,15 @@ def without_markup(text: str) -> str:
     r"""An expression in plain signs: without marks of code, emphasis, LaTeX or what introduces it.
 
     >>> without_markup(r"Answer: **\(\frac{3}{7} \times 25\)**.")
-    '((3)/(7)) * 25.'
+    '((3)/(7))*25.'
     """
     text = MARKUP.sub(" ", text)
     for _ in range(3):  # one in another
         text = FRACTION.sub(r"((\1)/(\2))", text)
     text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])", "*", re.sub(r"\\div(?![A-Za-z])", "/", BOX.sub("", text)))
-    text = EMPHASIS.sub(r"\2", " ".join(text.translate(SIGNS).split()))
-    text = re.sub(r"(?<=[0-9)]) ?[xX] ?(?=[0-9(])", "*", text.rpartition(":")[2])
+    text = re.sub(r"\s*([^\w\s]|_)\s*", r"\1", text.translate(SIGNS))  # 3 * 4 * 5 has nothing emphasised
+    text = EMPHASIS.sub(r"\2", text).rpartition(":")[2].lstrip("*_")
+    text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", "*", text)
     return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text).strip()
 
 
