@@ -586,6 +586,36 @@ def test_right_answers_to_evaluating_scorers_count(reasoning, dataset, options):
     assert task.grade_all(examples, [task.solution(example) for example in examples]) == [1.0] * 2
 
 
+def test_the_own_answer_of_every_generator_scores_one(reasoning):
+    from reasoning_gym.factory import DATASETS
+
+    without, wrong = [], []
+    for dataset in sorted(set(DATASETS) - {"composite"}):  # which asks for datasets of its own
+        task = ReasoningGym(dataset, options={"size": 1})
+        puzzle = task.generator[0]
+        answer = "" if puzzle["answer"] is None else str(puzzle["answer"])
+        example = {"question": puzzle["question"], "answer": answer, "item": 0}
+        try:
+            wrong += [dataset] if task.grade(example, task.solution(example)) != 1 else []
+        except ValueError as error:
+            assert f"dataset={dataset!r}: its generator has puzzles" in str(error)
+            without.append(dataset)
+    assert wrong == []
+    assert without == ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
+
+
+def test_answers_of_unusual_form_score_one(reasoning):
+    for dataset, size, unusual in (
+        ("ab", 100, lambda answer: answer == ""),
+        ("intermediate_integration", 100, lambda answer: "Integral(" in answer),  # not among what others may call
+        ("polynomial_multiplication", 3, bool),  # depends on the order of hashes, which differs between processes
+    ):
+        task = ReasoningGym(dataset, options={"size": size})
+        item = next(i for i in range(size) if unusual(task.generator[i]["answer"]))
+        example = {"question": "", "answer": task.generator[item]["answer"], "item": item}
+        assert task.grade_all([example] * 2, [task.solution(example), "<answer>Integral(0)</answer>"]) == [1, 0]
+
+
 def test_reasoning_says_what_is_wrong(reasoning, monkeypatch):
     with pytest.raises(ValueError, match="dataset='chess960'.*reasoning-gym refuses this"):
         ReasoningGym("chess960").examples("test")

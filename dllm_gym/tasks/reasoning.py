@@ -11,10 +11,11 @@ from typing import Any
 from dllm_gym.checks import choice, whole
 from dllm_gym.tasks.base import Example, ProceduralTask
 from dllm_gym.tasks.dataset import STYLES, PromptStyle
-from dllm_gym.tasks.grading import tagged
-from dllm_gym.tasks.workers import Pool, puzzles
+from dllm_gym.tasks.grading import tagged, tags
+from dllm_gym.tasks.workers import Pool, puzzles, sealed
 
 POOL = Pool("reasoning", seconds=5.0)  # of processor time for one answer
+KEPT = 5_000  # puzzles
 ITEMS = 1_000_000  # of a generator, unless its options say otherwise
 
 
@@ -25,8 +26,8 @@ class ReasoningGym(ProceduralTask):
     which split it belongs to. The answer is the reply's last ``<answer>``, or without one the whole reply. Scorers run
     in worker processes, a new one per answer, since some evaluate the answer and none has a time limit. Those that may
     evaluate it score 0 for text that could be a program (strings with brackets in them, attributes, calls of anything
-    but common functions). A worker makes the puzzle again from its number, so a generator that depends on the order
-    of hashes (``polynomial_multiplication``) needs ``PYTHONHASHSEED=0`` in the environment.
+    but common functions), unless it is the generator's own answer. A generator that depends on the order of hashes
+    (``polynomial_multiplication``) makes other puzzles in other processes, unless ``PYTHONHASHSEED`` is set.
 
     Example fields: ``question``, ``answer`` (one right answer; empty where the generator gives none), ``item``.
 
@@ -73,6 +74,7 @@ class ReasoningGym(ProceduralTask):
         self.gen_length = whole("gen_length", gen_length)
         self.items = whole("options['size']", self.options["size"])
         self._generator: Any = None
+        self._puzzles: dict[int, dict[str, Any]] = {}  # by item
 
     @property
     def generator(self) -> Any:
@@ -90,13 +92,25 @@ class ReasoningGym(ProceduralTask):
 
     def generate(self, rng: random.Random) -> dict[str, Any]:
         item = rng.randrange(self.items)
-        puzzle = self.generator[item]
-        return {"question": puzzle["question"], "answer": str(puzzle["answer"] or ""), "item": item}
+        puzzle = self._puzzle(item)
+        answer = "" if puzzle["answer"] is None else str(puzzle["answer"])
+        return {"question": puzzle["question"], "answer": answer, "item": item}
+
+    def _puzzle(self, item: int) -> dict[str, Any]:
+        """An item of the generator; those asked for last are kept, some take long to make."""
+        if item not in self._puzzles:
+            self._puzzles[item] = self.generator[item]
+            while len(self._puzzles) > KEPT:
+                del self._puzzles[next(iter(self._puzzles))]
+        return self._puzzles[item]
 
     def prompt(self, example: Example) -> str:
         return "\n\n".join(part for part in (self.style.instructions, example["question"]) if part)
 
     def solution(self, example: Example) -> str:
+        """The generator's own answer. Raises ValueError where it gives none."""
+        if not example["answer"] and self._puzzle(example["item"])["answer"] is None:
+            raise ValueError(f"dataset={self.dataset!r}: its generator has puzzles, and a scorer, but no answers")
         return f"<answer>{example['answer']}</answer>"
 
     def grade(self, example: Example, completion: str) -> float:
@@ -105,7 +119,16 @@ class ReasoningGym(ProceduralTask):
     def grade_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         options = json.dumps(self.options)
         questions = [
-            (self.dataset, options, example["item"], (tagged(text) or text.strip())[-20_000:])
+            (self.dataset, options, sealed(self._puzzle(example["item"])), answer_of(text)[-20_000:])
             for example, text in zip(examples, completions, strict=True)
         ]
         return [min(1.0, max(0.0, score or 0.0)) for score in POOL.ask_all(questions)]
+
+
+def answer_of(text: str) -> str:
+    """What a reply gives as its answer: its last tag that is not empty, nothing if all are, without a tag all of it.
+
+    >>> answer_of("<answer>1</answer> no: <answer>2 3"), answer_of("<answer></answer>"), answer_of(" 2 3 ")
+    ('2 3', '', '2 3')
+    """
+    return tagged(text) or ("" if any(tags(text)) else text.strip())

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
 import contextlib
 import functools
 import json
 import math
 import os
+import pickle
 import queue
 import re
 import resource
@@ -246,12 +248,22 @@ def puzzles(dataset: str, options: str) -> Any:
     return reasoning_gym.create_dataset(dataset, **json.loads(options))
 
 
-def score_puzzle(dataset: str, options: str, item: int, answer: str) -> float:
-    """What the dataset's own scorer says, in a process of its own; 0 for text that should not be evaluated."""
-    source = puzzles(dataset, options)
-    if evaluates(type(source).__module__) and not harmless(answer):
+def sealed(puzzle: dict[str, Any]) -> str:
+    """A puzzle as a text for :func:`score_puzzle`; what describes it may be of any kind, so JSON does not do."""
+    return base64.b64encode(pickle.dumps(puzzle)).decode()
+
+
+def score_puzzle(dataset: str, options: str, puzzle: str, answer: str) -> float:
+    """What the dataset's own scorer says, in a process of its own; 0 for text that should not be evaluated.
+
+    The puzzle comes :func:`sealed` from the process that asks. Made again here it could be another one: some generators
+    depend on the order of hashes, and some write while they generate, which is forbidden here.
+    """
+    source, entry = puzzles(dataset, options), pickle.loads(base64.b64decode(puzzle))
+    own = "".join(answer.split()) == "".join(str(entry.get("answer")).split())  # may call what no other answer may
+    if evaluates(type(source).__module__) and not own and not harmless(answer):
         return 0.0
-    return apart(lambda: float(source.score_answer(answer, entry=source[item])))
+    return apart(lambda: float(source.score_answer(answer, entry=entry)))
 
 
 @functools.cache
@@ -310,7 +322,7 @@ def apart(work: Callable[[], Any]) -> Any:
 # name -> (what does the job, a question that loads all that later ones need)
 JOBS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "latex": (same_latex, ("\\frac{1}{2}", "0.5")),
-    "reasoning": (score_puzzle, ("mini_sudoku", '{"size": 1, "seed": 0}', 0, "1 2 3 4")),
+    "reasoning": (score_puzzle, ("mini_sudoku", '{"size": 1, "seed": 0}', sealed({}), "1 2 3 4")),
 }
 
 FORBIDDEN = ("os.", "shutil.", "socket.", "subprocess.", "ctypes.", "pty.", "signal.", "webbrowser.", "urllib.")
