@@ -306,3 +306,17 @@ def test_three_faces_tell_the_same_story(settings):
         if not any(running):
             return
     raise AssertionError("the episodes never ended")
+
+
+def test_every_part_of_the_torchrl_specs_is_made_on_the_dllms_device(monkeypatch):
+    from dllm_gym import torchrl_env
+
+    settings = {"num_envs": 2, "kl": 2, "entropy": True, "margin": True, "hidden": True, "alpha": [0.3, 3]}
+    there = torchrl_env.DLLMUnmaskTorchRLEnv(**settings)
+    monkeypatch.setattr(torchrl_env, "Unmasking", lambda *_: there.core)
+    with torch.device("meta"):  # what names no device is made there, as it is made on the CPU beside a dLLM on CUDA
+        env = torchrl_env.DLLMUnmaskTorchRLEnv(**settings)
+    leaves = [spec for _, spec in env.specs.items(True, True)]
+    assert len(leaves) > 12 and {spec.device.type for spec in leaves} == {"cpu"}
+    bounds = [spec.space for spec in leaves if hasattr(spec.space, "low")]
+    assert bounds and {end.device.type for space in bounds for end in (space.low, space.high)} == {"cpu"}
