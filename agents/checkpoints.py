@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ BEFORE = ("checkpoint", "checkpoint.old")  # where runs of earlier versions kept
 NUMBER = re.compile(r"[0-9]{1,12}")
 
 
+@dataclass(frozen=True)
 class Checkpoint:
     """A saved state of a run.
 
@@ -25,9 +27,11 @@ class Checkpoint:
         path: its folder. number: the rounds that were done; -1 for the only one of an earlier version's run.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.number = int(path.name) if NUMBER.fullmatch(path.name) else -1
+    path: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name) if NUMBER.fullmatch(self.path.name) else -1
 
     @property
     def run(self) -> Path:

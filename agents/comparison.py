@@ -14,7 +14,7 @@ import numpy as np
 
 from agents.evaluation import read_rows
 from agents.files import read
-from agents.strangers import read_config, read_overrides
+from agents.strangers import Allowed, read_config, read_overrides
 
 MEASURED = ("accuracy", "nfe", "reward", "episodes", "row_forwards", "minutes")
 # Settings that change how fast a run is or what is written about it, not what it learns.
@@ -40,14 +40,15 @@ class Run:
     measured: dict[str, float]
 
 
-def read_runs(folders: Iterable[str | Path], evaluated: str) -> list[Run]:
+def read_runs(folders: Iterable[str | Path], evaluated: str, allowed: Allowed | None = None) -> list[Run]:
     """Every finished run of scripts/train.py below ``folders``.
 
     Args:
+        allowed: what their configurations may name.
         evaluated: which evaluation of the policy counts: ``"greedy"``, ``"sampled"``, or ``"best"`` (more reward).
 
     Raises:
-        ValueError: no finished run there, or ``evaluated`` is none of these.
+        ValueError: no finished run there, one is damaged or may not be read, or ``evaluated`` is none of these.
     """
     if evaluated not in ("greedy", "sampled", "best"):
         raise ValueError(f"evaluated={evaluated!r} is not valid: greedy, sampled or best")
@@ -55,11 +56,12 @@ def read_runs(folders: Iterable[str | Path], evaluated: str) -> list[Run]:
     paths = [path for path in paths if (path / "metrics.csv").exists() and (path / "config.yaml").exists()]
     if not paths:
         raise ValueError(f"runs={[str(f) for f in folders]}: no finished run of scripts/train.py below")
-    return [read_run(path, evaluated) for path in paths]
+    return [read_run(path, evaluated, allowed or Allowed()) for path in paths]
 
 
-def read_run(folder: Path, evaluated: str) -> Run:
+def read_run(folder: Path, evaluated: str, allowed: Allowed) -> Run:
     config = read_config(folder / "config.yaml")
+    allowed.check(config, folder / "config.yaml")
     read(folder / "config.yaml")  # is what its manifest says
     seed = config.get("seed")
     if not isinstance(seed, int):

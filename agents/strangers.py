@@ -17,8 +17,13 @@ SIZE = 2**18  # bytes of a configuration; a run's own has some thousands
 DEPTH = 40  # levels of a configuration; a run's own has ten
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 SCHEDULE = re.compile(r"get_\w*schedule\w*")  # factories in transformers.optimization
+OURS = ("agents", "dllm_gym")
 GET_CLASS = "hydra.utils.get_class"  # how a configuration hands over a class instead of an object
 LOGGER_SETTINGS = {"_target_", "exp_name", "log_dir", "project"}
+
+
+class Refused(ValueError):
+    """A configuration has what no run writes into one."""
 
 
 class Loader(yaml.SafeLoader):
@@ -47,6 +52,8 @@ def read_config(path: Path) -> dict[str, Any]:
         check_events(text, resolved=True)
         found = yaml.load(text, Loader)
         check_plain(found)
+    except Refused as error:
+        raise Refused(f"{path} is no configuration of a run: {error}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no configuration of a run: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) and key.isidentifier() for key in found):
@@ -77,21 +84,21 @@ def read_overrides(path: Path) -> list[str]:
 
 
 def check_events(text: str, resolved: bool) -> None:
-    """ValueError for YAML that is deep, repeats itself or (``resolved``) asks for a resolver, before it is built."""
+    """Raises Refused for YAML that is deep, repeats itself or (``resolved``) asks for a resolver, before it is built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEPTH:
-            raise ValueError(f"line {line} is nested deeper than {DEPTH} levels")
+            raise Refused(f"line {line} is nested deeper than {DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {line} has the alias *{event.anchor}")
+            raise Refused(f"line {line} has the alias *{event.anchor}")
         if resolved and isinstance(event, yaml.ScalarEvent) and ("${" in event.value or event.value == "???"):
-            raise ValueError(f"line {line} has {event.value[:80]!r}: saved configurations are resolved")
+            raise Refused(f"line {line} has {event.value[:80]!r}: saved configurations are resolved")
         if not isinstance(event, yaml.NodeEvent) or isinstance(event, yaml.AliasEvent):
             continue
         if event.tag is not None and not event.tag.startswith("tag:yaml.org,2002:") or "python" in (event.tag or ""):
-            raise ValueError(f"line {line} has the tag {event.tag[:80]!r}")
+            raise Refused(f"line {line} has the tag {event.tag[:80]!r}")
 
 
 class Allowed:
@@ -106,17 +113,18 @@ class Allowed:
         self.packages = tuple(packages)
         named = [node for _, node in nodes(own, "")]
         self.targets = {node["_target_"] for node in named if isinstance(node.get("_target_"), str)} - {GET_CLASS}
-        self.targets |= {node["path"] for node in named if node.get("_target_") == GET_CLASS}
+        self.targets |= {node["path"] for node in named if node.get("_target_") == GET_CLASS and "path" in node}
+        self.targets = {name for name in self.targets if name.partition(".")[0] not in OURS}  # those have their groups
         self.sandboxes = ["auto", "namespace", *(node["sandbox"] for node in named if "sandbox" in node)]
 
     def check(self, config: dict[str, Any], path: Path) -> None:
-        """ValueError that names the first target or setting that may not be there; imports nothing but our own."""
+        """Raises Refused, which names the first target or setting that may not be there; imports only our own."""
         for key, node in nodes(config, ""):
             if "_target_" in node:
                 self._check_node(key.partition(".")[0], key, node, path)
             if "sandbox" in node and node["sandbox"] not in self.sandboxes:
                 what = f"{key}.sandbox={node['sandbox']!r}"
-                raise ValueError(f"{path}: {what} weakens the sandbox: only your own command line may")
+                raise Refused(f"{path}: {what} weakens the sandbox: only your own command line may")
 
     def _check_node(self, group: str, key: str, node: dict[str, Any], path: Path) -> None:
         target = node["_target_"]
@@ -130,11 +138,11 @@ class Allowed:
             resolve(target, group)
         except ValueError as error:
             named = node["path"] if target == GET_CLASS and "path" in node else target
-            raise ValueError(
+            raise Refused(
                 f"{path}: {key} names {named!r}, which is refused: {error}; if you trust its package, say trust=[...]"
             ) from None
         if "_args_" in node:
-            raise ValueError(f"{path}: {key} has _args_, which is refused: name the arguments of {target}")
+            raise Refused(f"{path}: {key} has _args_, which is refused: name the arguments of {target}")
         if group == "logger":
             check_logger(node, key, path)
 
@@ -159,7 +167,7 @@ def check_logger(node: dict[str, Any], key: str, path: Path) -> None:
     name = str(node.get("exp_name", ""))
     if strange or "/" in name or "\\" in name or name in ("..", "."):
         what = f"{key}.{strange[0]}" if strange else f"{key}.exp_name={name!r}"
-        raise ValueError(f"{path}: {what} is refused: only your own command line may set it (logger=...)")
+        raise Refused(f"{path}: {what} is refused: only your own command line may set it (logger=...)")
 
 
 def resolve(target: Any, group: str) -> Any:
@@ -190,7 +198,7 @@ def resolve(target: Any, group: str) -> Any:
 
 def loaded(module: str) -> Any:
     """A module of ours, imported if need be; of others only if it is imported already."""
-    if module.partition(".")[0] not in ("agents", "dllm_gym") or module in sys.modules:
+    if module.partition(".")[0] not in OURS or module in sys.modules:
         return sys.modules.get(module)
     try:
         return importlib.import_module(module)

@@ -17,6 +17,7 @@ from typing import Any
 from command import command, console
 from omegaconf import DictConfig, ListConfig
 from rich.table import Table
+from run_folder import allowed
 
 from agents.comparison import as_numbers, as_text, over_seeds, read_runs
 from agents.files import atomically
@@ -43,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         text("runs", folder)
     if cfg.table is not None:
         writable("table", cfg.table, (".csv", ".md"))
-    rows = over_seeds(read_runs(folders, cfg.evaluated))
+    rows = over_seeds(read_runs(folders, cfg.evaluated, allowed(cfg)))
     texts = [as_text(row) for row in rows]
     table = Table(title=f"policy ({cfg.evaluated}) of every run, mean ± standard deviation over seeds")
     for name in texts[0]:

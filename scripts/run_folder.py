@@ -104,6 +104,14 @@ def naming(setting: str, value: Any) -> Iterator[None]:
         raise ValueError(f"{setting}={str(value)!r}: {error}") from None
 
 
+def allowed(cfg: DictConfig) -> Allowed:
+    """What the configurations of run folders may name: what ``cfg`` names and the packages in ``cfg.trust``."""
+    trust = cfg.trust
+    if not isinstance(trust, ListConfig) or not all(isinstance(name, str) and name for name in trust):
+        raise ValueError(f"trust={trust}: need a list of packages, e.g. [my_package]")
+    return Allowed(trust, OmegaConf.to_container(cfg, resolve=False))
+
+
 def load_config(path: Path, cfg: DictConfig) -> DictConfig:
     """The resolved configuration of a run, as data: see ``strangers``.
 
@@ -113,11 +121,8 @@ def load_config(path: Path, cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: it is none, names what it may not name, or is damaged.
     """
-    trust = cfg.get("trust", [])
-    if not isinstance(trust, ListConfig | list) or not all(isinstance(name, str) and name for name in trust):
-        raise ValueError(f"trust={trust}: need a list of packages, e.g. [my_package]")
     saved = read_config(path)
-    Allowed(trust, OmegaConf.to_container(cfg, resolve=False)).check(saved, path)
+    allowed(cfg).check(saved, path)
     if (path.parent / CHECKPOINTS).is_dir():  # older runs have no manifest
         manifest = read_manifest(path.parent)
         if path.name not in manifest["files"]:

@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 from agents.algorithm import Algorithm
 from agents.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
-from agents.files import read
 from agents.policies import Policy, PolicyDecider, make_actor
 from agents.rollout import evaluate
+from agents.strangers import Refused
 from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
 from dllm_gym.checks import number, text, whole
 from dllm_gym.checks import seed as check_seed
@@ -86,21 +86,15 @@ def newest(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | N
         checkpoint = next(Checkpoints(run.path).whole(), None)
         if checkpoint is None:
             every[-1].check()
-        if checkpoint is not every[-1]:
-            tell_damage(every[-1].check, f"going on from {checkpoint}")
-        if tell_damage(lambda: read(run.path / CONFIG), f"{checkpoint} has a copy"):
+        for damaged in every[every.index(checkpoint) + 1 :]:
+            print(f"{damaged.path} is damaged; going on from {checkpoint}")
+        try:
+            return load_config(run.path / CONFIG, cfg), checkpoint
+        except Refused:
+            raise
+        except ValueError as error:
+            print(f"{error}; going on with that of {checkpoint}")
             return load_config(checkpoint.config, cfg), checkpoint
-        return load_config(run.path / CONFIG, cfg), checkpoint
-
-
-def tell_damage(check: Callable[[], Any], remedy: str) -> bool:
-    """Whether ``check`` raises a ValueError; prints it, and what is done about it."""
-    try:
-        check()
-    except ValueError as error:
-        print(f"{error}; {remedy}")
-        return True
-    return False
 
 
 def go_on(cfg: DictConfig, saved: DictConfig) -> None:
