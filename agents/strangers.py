@@ -84,7 +84,7 @@ def read_overrides(path: Path) -> list[str]:
 
 
 def check_events(text: str, resolved: bool) -> None:
-    """Raises Refused for YAML that is deep, repeats itself or (``resolved``) asks for a resolver, before it is built."""
+    """Raises Refused for YAML that is deep, repeats itself or (if ``resolved``) asks for a resolver."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1

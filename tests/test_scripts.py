@@ -237,8 +237,9 @@ def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):
 
 
 def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
-    done = run("train.py", "env.block_length=7", f"hydra.run.dir={tmp_path}", check=False)
+    done = run("train.py", "env.block_length=7", f"hydra.run.dir={tmp_path / 'run'}", check=False)
     assert done.returncode == 2 and "block_length=7 does not divide gen_length=20" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
