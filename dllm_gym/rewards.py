@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from dllm_gym.checks import number
+
 Reward = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def _check_alpha(alpha: float | Tensor) -> None:
     if isinstance(alpha, Tensor):
         return  # one per episode, drawn from a range that has been checked
-    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha!r} is not a speed weight: need a finite number >= 0")
 
 
@@ -78,12 +80,12 @@ class AlphaRange:
         Raises:
             ValueError: it is a pair without 0 < low < high.
         """
-        if isinstance(alpha, int | float):
+        if isinstance(alpha, int | float) and not isinstance(alpha, bool):
             return None
         try:
             if isinstance(alpha, str | Mapping):
                 raise TypeError
-            low, high = (float(end) for end in alpha)
+            low, high = (number("alpha", end) for end in alpha)
         except (TypeError, ValueError):
             raise ValueError(f"alpha={alpha!r} is not a speed weight: give a number >= 0, or [low, high]") from None
         if not 0 < low < high < float("inf"):

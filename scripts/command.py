@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from settings import check, suggestion
+from settings import CONF, check, suggestion
 
 REFUSED, BROKEN_PIPE = 2, 141  # exit codes; the second is that of a program that SIGPIPE ends
 DEBUG = "DLLM_GYM_DEBUG"  # set to 1: errors in settings come with their traceback, as all others do
@@ -57,7 +57,7 @@ def command(name: str) -> Callable[[Work], Callable[..., Any]]:
 
         @functools.wraps(work)
         def main(cfg: DictConfig | None = None) -> Any:
-            return checked(cfg) if cfg is not None else run(hydra.main("../conf", name, version_base=None)(task))
+            return checked(cfg) if cfg is not None else run(hydra.main(str(CONF), name, version_base=None)(task))
 
         return main
 

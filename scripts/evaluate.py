@@ -23,7 +23,7 @@ from shared import (
     take_over,
 )
 
-from dllm_gym.checks import number
+from dllm_gym.checks import number, text
 
 
 @command("evaluate")
@@ -32,6 +32,8 @@ def main(cfg: DictConfig) -> None:
     deciders = heuristics(cfg)
     if cfg.checkpoint is None and (cfg.temperature is not None or not deciders):
         raise ValueError("checkpoint=null: nothing to evaluate but heuristics, and they have no temperature")
+    if cfg.checkpoint is not None:
+        text("checkpoint", cfg.checkpoint)
     if cfg.temperature is not None:
         number("temperature", cfg.temperature, above=0)
     device = prepare(cfg)

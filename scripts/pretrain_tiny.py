@@ -225,7 +225,9 @@ def check_settings(cfg: DictConfig) -> None:
     for i, lesson in enumerate(cfg.lessons):
         check_lesson(f"lessons[{i}]", lesson)
     for name, value in cfg.architecture.items():
-        (number if name in ("rope_theta", "rms_norm_eps") else whole)(f"architecture.{name}", value, 0)
+        (number if name in ("rope_theta", "rms_norm_eps") else whole)(
+            f"architecture.{name}", value, 1e-12 if name == "rms_norm_eps" else 1
+        )
 
 
 def check_lesson(path: str, lesson: DictConfig) -> None:

@@ -362,6 +362,8 @@ def check_recipes(cfg: DictConfig) -> None:
         for task, env in product(cfg.tasks, cfg.envs):
             if not isinstance((group.get(task) or {}).get(env), ListConfig):
                 raise ValueError(f"{name}.{task}.{env} has to be a list of overrides: every task in every env has one")
+    if not cfg.run:
+        return
     tried = {tuple(s for s in job.settings if not s.startswith("seed=")): job for job in plan(cfg)}
     for settings, job in tried.items():
         try:

@@ -45,12 +45,15 @@ def check(cfg: DictConfig, command: str) -> None:
         ValueError: a setting that nothing reads, that is missing, or that is of another type.
     """
     refuse_parts(HydraConfig.get().runtime.choices)
+    known = declared(command)
+    refuse_other_experiments(cfg, known)
+    for name in cfg:
+        if name not in known:
+            raise unknown(str(name), known)
     try:
         given = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key}=??? has to be given: {error.full_key}=...") from None
-    known = declared(command)
-    refuse_other_experiments(given, known)
     if cfg.get("checkpoint") is not None:  # what these are is only known when the checkpoint's run has been read
         for group in TRAINED:
             given.pop(group, None)
@@ -272,6 +275,8 @@ def conforms(value: Any, kind: Any) -> bool:
         return isinstance(value, str)
     if issubclass(base, Mapping):
         return isinstance(value, Mapping) and (len(inner) < 2 or all(conforms(v, inner[1]) for v in value.values()))
+    if base is tuple and inner and ... not in inner:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(conforms, value, inner))
     if base is Iterable or issubclass(base, Sequence):
         return isinstance(value, list) and (not inner or all(conforms(v, inner[0]) for v in value))
     return not isinstance(value, str | int | float | list | None)

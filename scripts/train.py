@@ -365,6 +365,8 @@ def check_logger(logger: DictConfig) -> None:
 
 def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> float | None:
     """Train and evaluate in a folder; None if the training was broken off. Nothing is written before all is checked."""
+    if cfg.resume is not None:
+        text("resume", cfg.resume)
     source = resumed(cfg, run)
     if source is not None:
         go_on(cfg, source[0])

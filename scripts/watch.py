@@ -23,7 +23,7 @@ from shared import (
     take_over,
 )
 
-from dllm_gym.checks import flag, number, whole, writable
+from dllm_gym.checks import flag, number, text, whole, writable
 from dllm_gym.checks import seed as check_seed
 from dllm_gym.noise import fold, uniform
 from dllm_gym.render import LEAST_FPS, MOST_FPS, Viewer, pixels
@@ -41,6 +41,7 @@ def check_settings(cfg: DictConfig) -> None:
     if cfg.checkpoint is None:
         refuse_chosen(["greedy", "alpha"], "they are of a checkpoint's policy")
     else:
+        text("checkpoint", cfg.checkpoint)
         refuse_chosen(["decider"], "the policy of checkpoint= decides")
 
 

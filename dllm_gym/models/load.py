@@ -14,6 +14,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from dllm_gym.checks import flag
 from dllm_gym.models import dream, llada, llada2, masked_lm, qwen
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.checkpoint import Checkpoint, Settings
@@ -109,8 +110,8 @@ def load_dllm(
     device = None if device is None else check_device(device)
     if mask_token is not None and not isinstance(mask_token, str):
         raise ValueError(f"mask_token={mask_token!r} is not valid: give the token's text")
-    if not isinstance(compile, bool):
-        raise ValueError(f"compile={compile!r} is not valid: True or False")
+    switches = {"rope_float32": rope_float32, "chat_template": chat_template, "compile": compile}
+    rope_float32, chat_template, compile = (flag(name, value) for name, value in switches.items())
     items = check_device_map(device_map)
     options: dict[str, Any] = {
         "device_map": items,
@@ -124,7 +125,9 @@ def load_dllm(
         refuse_another(model, device, dtype, options)
         return model
     settings = Settings(device or torch.device("cpu"), dtype or torch.float32, **options)
-    name = str(model)
+    name = str(model) if model is not None else ""
+    if not name.strip():
+        raise ValueError(f"model={model!r}: give {', '.join(map(repr, SHIPPED))}, a folder or a hub id")
     if name not in SHIPPED and Path(name).is_dir():
         name = str(Path(name).resolve())  # the same relative path is another folder after a chdir
     with _loading:  # transformers' verbosity is the process's, and two threads would load twice
