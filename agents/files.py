@@ -37,7 +37,7 @@ def sync(path: Path) -> None:
 def noted(path: Path, write: Callable[[Path], Any]) -> None:
     """``atomically``, and the folder's manifest has the file's checksum.
 
-    The manifest is written first and keeps the checksum of the file that is replaced: a crash between the two leaves a
+    The manifest is written first and keeps the checksum of the old file until the new one is there: a crash leaves a
     file that it knows.
     """
 
@@ -53,6 +53,8 @@ def noted(path: Path, write: Callable[[Path], Any]) -> None:
         write_manifest(path.parent, {"files": {**files, path.name: accepted}})
 
     atomically(path, write_and_note)
+    files = read_manifest(path.parent)["files"]
+    write_manifest(path.parent, {"files": {**files, path.name: files[path.name][:1]}})
 
 
 def read(path: Path, most: int = 64 * MEBIBYTE) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -392,7 +393,12 @@ def test_missing_rounds_are_said(copy, tmp_path, capsys):
         assert [row["round"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def crash_at(path: Path, replace):
+    """``os.replace`` that fails when it comes to ``path``."""
+    return lambda source, target: 1 / 0 if Path(target) == path else replace(source, target)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     noted(path, lambda new: new.write_text("one"))
     for write in (atomically, noted):
@@ -401,11 +407,15 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         assert read(path) == "one" and {p.name for p in tmp_path.iterdir()} == {"file.txt", "manifest.json"}
     noted(path, lambda new: new.write_text("two"))
     assert read(path) == "two"
-    path.write_text("one")  # a crash between the manifest and the file
-    assert read(path) == "one"
-    path.write_text("three")
-    with pytest.raises(ValueError, match=r"file.txt is damaged"):
-        read(path)
+    for other in ("one", "three"):  # what it was is not what it is
+        path.write_text(other)
+        with pytest.raises(ValueError, match=r"file.txt is damaged"):
+            read(path)
+    path.write_text("two")
+    monkeypatch.setattr("os.replace", crash_at(path, os.replace))
+    with pytest.raises(ZeroDivisionError):
+        noted(path, lambda new: new.write_text("four"))
+    assert read(path) == "two"
     facts = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**facts, "files": {}}))
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
