@@ -1,1 +1,1 @@
-"""Everything that decides: heuristics, policies, their distributions, and the algorithms that train them."""
+"""What learns: one file per algorithm, their losses and advantages, rollouts, the training loop, evaluation."""

@@ -16,7 +16,7 @@ from dllm_gym.checks import flag, number
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
-    from agents.policies import Policy
+    from dllm_gym.deciders.policy import Policy
 
 
 class Critic(nn.Module):

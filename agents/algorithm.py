@@ -13,8 +13,8 @@ from agents.losses import Descent
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
-    from agents.policies import PolicyDecider
     from agents.rollout import Player
+    from dllm_gym.deciders.player import PolicyDecider
 
 
 class Algorithm:

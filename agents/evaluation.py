@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from agents.files import noted, read
 from agents.rollout import Decider, Results, evaluate
-from dllm_gym.vector_env import DLLMUnmaskVectorEnv
+from agents.runs.files import noted, read
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 
 Row = dict[str, Any]  # one decider on one split: the columns of the table
 

@@ -17,9 +17,9 @@ from agents.grpo import GRPO
 from agents.imitation import Demonstration, Expert
 
 if TYPE_CHECKING:
-    from agents.distributions import UnmaskDistribution
-    from agents.policies import PolicyDecider
     from agents.rollout import Player
+    from dllm_gym.deciders.distributions import UnmaskDistribution
+    from dllm_gym.deciders.player import PolicyDecider
 
 
 def mixture_log_prob(log_prob: Tensor, policy_share: Tensor, expert_share: Tensor) -> Tensor:

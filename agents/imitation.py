@@ -16,8 +16,8 @@ from agents.losses import Descent, Likelihood, pack
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
-    from agents.policies import PolicyDecider
     from agents.rollout import Player
+    from dllm_gym.deciders.player import PolicyDecider
 
 IMPOSSIBLE = -1e5  # log-probabilities below it are those of positions that a policy rules out
 Expert = Callable[[Mapping[str, Tensor], Tensor], Tensor]

@@ -12,10 +12,11 @@ from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, pad
 from torch import Tensor
 
-from dllm_gym.batches import upload
-from dllm_gym.dealer import EMPTY, check_example
+from dllm_gym.envs.dealer import check_example
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+from dllm_gym.models.batches import upload
 from dllm_gym.noise import fold, uniform
-from dllm_gym.vector_env import DLLMUnmaskVectorEnv
+from dllm_gym.process.config import EMPTY
 
 Decider = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 

@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
 from agents.algorithm import Algorithm, per_step
-from agents.distributions import OnePosition
 from agents.grpo import check_clip, share
-from agents.heuristics import first_k
 from agents.losses import Descent, GRPOLoss, Likelihood, Sum, in_chunks, log_likelihood, pack
 from dllm_gym.checks import flag, number
+from dllm_gym.deciders.distributions import OnePosition
+from dllm_gym.deciders.rules import first_k
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
-    from agents.policies import Policy
+    from dllm_gym.deciders.policy import Policy
 
 
 class Reference:

@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 register(
     id="DLLMUnmask-v0",
-    entry_point="dllm_gym.env:DLLMUnmaskEnv",
-    vector_entry_point="dllm_gym.vector_env:DLLMUnmaskVectorEnv",
+    entry_point="dllm_gym.envs.single:DLLMUnmaskEnv",
+    vector_entry_point="dllm_gym.envs.vector:DLLMUnmaskVectorEnv",
 )
 
 

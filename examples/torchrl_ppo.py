@@ -18,9 +18,10 @@ from torchrl.collectors import Collector
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from agents.distributions import ZeroTruncatedBernoulli
-from agents.policies import DiTConfidence, make_actor
-from dllm_gym.torchrl_env import DLLMUnmaskTorchRLEnv
+from dllm_gym.deciders.distributions import ZeroTruncatedBernoulli
+from dllm_gym.deciders.networks import DiTConfidence
+from dllm_gym.deciders.player import make_actor
+from dllm_gym.envs.torchrl import DLLMUnmaskTorchRLEnv
 
 
 class Value(nn.Module):

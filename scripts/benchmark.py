@@ -8,7 +8,7 @@ On the same model, prompts, deciders and seeds, in turn, ``repeats`` times:
 
 - *ours*: :func:`agents.rollout.evaluate` in ``num_envs`` lanes of a new environment, which knows no prediction yet;
 - *limit*: the backbone alone, no head, over rows of just those lengths that ours forwarded, without padding;
-- *lockstep*: the plain loop of scripts/lockstep.py in batches of ``num_envs`` rows;
+- *lockstep*: the plain loop of scripts/benchmarking/lockstep.py in batches of ``num_envs`` rows;
 - *prefix*, *dual*: ours with these approximate caches, where ``caches`` asks for them.
 
 Beside the times: what each of them did (lanes used: share of lane-steps with an episode, of the plain loop's rows those
@@ -30,33 +30,33 @@ from typing import Any
 
 import hydra
 import numpy as np
-import passive  # noqa: F401  (before torch)
+import prelude  # noqa: F401  (before torch and agents)
 import torch
+from benchmarking.growth import Sizes, growth, peak_memory
+from benchmarking.lockstep import Decoded, lockstep
+from benchmarking.meters import Stopwatch, now, timed
+from benchmarking.workloads import Workload
 from command import command
 from command import console as make_console
-from growth import Sizes, growth, peak_memory
-from lockstep import Decoded, lockstep
-from meters import Stopwatch, now, timed
+from factory import make_policy, prepare, refuse_a_range_that_nothing_reads, refuse_chosen, requirements
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from run_folder import RunFolder
-from shared import make_policy, prepare, refuse_a_range_that_nothing_reads, refuse_chosen, requirements
 from torch import Tensor
 from train import make_learner
-from workloads import Workload
 
-from agents.files import atomically
-from agents.heuristics import Threshold
-from agents.policies import PolicyDecider
 from agents.rollout import Decider, Results, evaluate
+from agents.runs.files import atomically
 from agents.training import Collector, Prompts
 from dllm_gym.checks import choice, distinct, flag, whole
 from dllm_gym.checks import seed as check_seed
+from dllm_gym.deciders.player import PolicyDecider
+from dllm_gym.deciders.rules import Threshold
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM
-from dllm_gym.predictions import Work
-from dllm_gym.unmasking import MOST_LANES
-from dllm_gym.vector_env import DLLMUnmaskVectorEnv
+from dllm_gym.process.predictions import Work
+from dllm_gym.process.unmasking import MOST_LANES
 
 EXACT = "none"  # the setting of ``cache`` that gives the plain loop's tokens and NFE
 OPTIONAL = ("lockstep_batches", "growth_rows", "limit_tokens")  # counts of a workload that may be null

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
-import passive  # noqa: F401  (before torch)
+import prelude  # noqa: F401  (before torch and agents)
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException

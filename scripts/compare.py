@@ -19,8 +19,8 @@ from omegaconf import DictConfig, ListConfig
 from rich.table import Table
 from run_folder import allowed
 
-from agents.comparison import as_numbers, as_text, over_seeds, read_runs
-from agents.files import atomically
+from agents.reproduction.comparison import as_numbers, as_text, over_seeds, read_runs
+from agents.runs.files import atomically
 from dllm_gym.checks import distinct, text, writable
 
 

@@ -10,9 +10,7 @@ The run folder (outputs/evaluate/...) gets results.{json,csv,png}.
 from __future__ import annotations
 
 from command import command, console
-from omegaconf import DictConfig, OmegaConf
-from run_folder import RunFolder, load_policy
-from shared import (
+from factory import (
     check_evaluation,
     heuristics,
     make_evaluation_envs,
@@ -22,6 +20,8 @@ from shared import (
     report,
     take_over,
 )
+from omegaconf import DictConfig, OmegaConf
+from run_folder import RunFolder, load_policy
 
 from dllm_gym.checks import number, text
 

@@ -11,7 +11,7 @@ from command import command
 from omegaconf import DictConfig, ListConfig
 
 from agents.evaluation import plot, read_rows
-from agents.files import atomically
+from agents.runs.files import atomically
 from dllm_gym.checks import distinct, text, writable
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 import hydra
-import passive  # noqa: F401  (before torch)
+import prelude  # noqa: F401  (before torch and agents)
 import torch
 import torch.nn.functional as F
 from command import command
@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from dllm_gym.checks import number, text, whole
 from dllm_gym.checks import seed as check_seed
 from dllm_gym.models.base import DLLM
-from dllm_gym.models.llada import REQUIRED, llada_weights, llama_config
+from dllm_gym.models.families.llada import REQUIRED, llada_weights, llama_config
 from dllm_gym.tasks.base import ProceduralTask
 
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"

@@ -33,11 +33,11 @@ from omegaconf.errors import OmegaConfBaseException
 from settings import CONF, composing
 from tqdm import tqdm
 
-from agents.checkpoints import CONFIG
-from agents.claims import LEARNED, read_results, read_table, write_table
 from agents.evaluation import Row
-from agents.report import Evidence, read_training, write_page
-from agents.strangers import Allowed, read_config
+from agents.reproduction.claims import LEARNED, read_results, read_table, write_table
+from agents.reproduction.report import Evidence, read_training, write_page
+from agents.runs.checkpoints import CONFIG
+from agents.runs.strangers import Allowed, read_config
 from dllm_gym.checks import choice, distinct, flag, number, text, whole
 from dllm_gym.checks import seed as check_seed
 

@@ -15,10 +15,19 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from agents.checkpoints import BEFORE, CHECKPOINTS, CONFIG, METRICS, POLICY, Checkpoint, Checkpoints, find_checkpoint
-from agents.files import atomically, noted, read_manifest, verify
-from agents.policies import Policy
-from agents.strangers import Allowed, read_config
+from agents.runs.checkpoints import (
+    BEFORE,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    POLICY,
+    Checkpoint,
+    Checkpoints,
+    find_checkpoint,
+)
+from agents.runs.files import atomically, noted, read_manifest, verify
+from agents.runs.strangers import Allowed, read_config
+from dllm_gym.deciders.policy import Policy
 
 LOCK, LOG, OVERRIDES = ".lock", "run.log", ".hydra/overrides.yaml"
 RESULTS = ("results.json", "results.csv", "results.png")

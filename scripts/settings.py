@@ -25,7 +25,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from dllm_gym.models import load_dllm
-from dllm_gym.unmasking import EnvConfig
+from dllm_gym.process.config import EnvConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OWN_NAMES = ("deciders", "workloads", "worlds", "training", "warm_start", "variants")  # their entries are the user's

@@ -18,14 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import hydra
-import passive  # noqa: F401  (before torch)
+import prelude  # noqa: F401  (before torch and agents)
 import torch
 from command import command
 from command import console as make_console
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from run_folder import RunFolder, load_config, load_policy, load_run, naming
-from shared import (
+from factory import (
     check_evaluation,
     chosen_names,
     heuristics,
@@ -39,18 +36,22 @@ from shared import (
     report,
     requirements,
 )
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from run_folder import RunFolder, load_config, load_policy, load_run, naming
 from tqdm import tqdm
 
 from agents.algorithm import Algorithm
-from agents.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
-from agents.policies import Policy, PolicyDecider, make_actor
 from agents.rollout import evaluate
-from agents.strangers import Refused
+from agents.runs.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
+from agents.runs.strangers import Refused
 from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
 from dllm_gym.checks import number, text, whole
 from dllm_gym.checks import seed as check_seed
-from dllm_gym.unmasking import MOST_LANES
-from dllm_gym.vector_env import DLLMUnmaskVectorEnv
+from dllm_gym.deciders.player import PolicyDecider, make_actor
+from dllm_gym.deciders.policy import Policy
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+from dllm_gym.process.unmasking import MOST_LANES
 
 LOGGERS = {"torchrl.record.WandbLogger": "wandb", "torchrl.record.TensorboardLogger": "tensorboard"}
 FREE = ("rounds", "num_envs", "checkpoint_every", "checkpoint_minutes", "checkpoints", "device", "threads")

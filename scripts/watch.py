@@ -7,12 +7,10 @@ python scripts/watch.py checkpoint=outputs/train/2026-01-01_12-00-00 gif=replay.
 from __future__ import annotations
 
 import hydra
-import passive  # noqa: F401  (before torch)
+import prelude  # noqa: F401  (before torch and agents)
 import torch
 from command import command
-from omegaconf import DictConfig, OmegaConf
-from run_folder import load_policy
-from shared import (
+from factory import (
     make_envs,
     policy_deciders,
     prepare,
@@ -22,6 +20,8 @@ from shared import (
     requirements,
     take_over,
 )
+from omegaconf import DictConfig, OmegaConf
+from run_folder import load_policy
 
 from dllm_gym.checks import flag, number, text, whole, writable
 from dllm_gym.checks import seed as check_seed

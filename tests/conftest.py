@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from dllm_gym.models import DLLM, load_dllm
-from dllm_gym.models.llada import REQUIRED, llada_weights, llama_config
+from dllm_gym.models.families.llada import REQUIRED, llada_weights, llama_config
 from dllm_gym.tasks import Arithmetic
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import dllm_gym  # noqa: F401
-from agents.distributions import ZeroTruncatedBernoulli
 from agents.grpo import GRPO
-from agents.heuristics import Threshold
-from agents.policies import DiTConfidence, PolicyDecider, make_actor
 from agents.rollout import evaluate, rollout
+from dllm_gym.deciders.distributions import ZeroTruncatedBernoulli
+from dllm_gym.deciders.networks import DiTConfidence
+from dllm_gym.deciders.player import PolicyDecider, make_actor
+from dllm_gym.deciders.rules import Threshold
 from dllm_gym.noise import fold, uniform
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -107,7 +108,7 @@ def test_the_single_env_speaks_numpy(device):
 def test_the_torchrl_env_stays_on_its_device(device):
     from torchrl.envs.utils import check_env_specs
 
-    from dllm_gym.torchrl_env import DLLMUnmaskTorchRLEnv
+    from dllm_gym.envs.torchrl import DLLMUnmaskTorchRLEnv
 
     check_env_specs(DLLMUnmaskTorchRLEnv(num_envs=2, device=device, top_k=2, hidden=True))
     env = DLLMUnmaskTorchRLEnv(num_envs=3, device=device)

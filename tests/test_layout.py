@@ -13,24 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each part of dllm_gym may import of the others. A new part needs a line here.
-BASE = {"batches", "models", "tasks", "rewards", "noise", "render", "dealer", "prompt"}
+# What each room of dllm_gym may import of the others: imports run one way. A new room needs a line here.
 MAY_IMPORT = {
-    "": set(),
-    "checks": set(),
-    **dict.fromkeys(BASE, set()),
-    "dealer": {"rewards"},
-    "models": {"batches", "noise", "prompt"},
+    **dict.fromkeys(["", "checks", "noise", "prompt", "render"], set()),
+    "deciders": set(),  # tensors only: no environment, no model
+    "models": {"noise", "prompt"},
     "tasks": {"prompt"},
-    "predictions": {"batches", "models", "noise"},
-    "unmasking": BASE | {"predictions"},
-    "vector_env": BASE | {"predictions", "unmasking"},
-    "env": BASE | {"unmasking", "vector_env"},
-    "torchrl_env": BASE | {"unmasking", "vector_env"},
-    "sb3_env": BASE | {"unmasking", "vector_env"},
+    "process": {"models", "tasks", "noise", "render"},
+    "envs": {"process", "models", "noise", "render"},
+    **dict.fromkeys(["env", "vector_env", "torchrl_env", "sb3_env"], {"envs"}),  # names of before
 }
 EVERYWHERE = {"checks"}
-TENSORS_ONLY = ["policies", "distributions", "heuristics"]
+TORCHRL = {"dllm_gym.envs.torchrl", "dllm_gym.deciders.player"}
 HYDRA = {"hydra", "omegaconf"}
 
 
@@ -65,8 +59,8 @@ def part(name: str) -> str:
 
 def test_the_scanner_sees_every_form():
     assert "datasets.Dataset" in imports(ROOT / "dllm_gym/tasks/base.py")  # within a function
-    assert "dllm_gym.render" in imports(ROOT / "dllm_gym/env.py")  # from dllm_gym import render
-    assert "numpy" in imports(ROOT / "dllm_gym/env.py")  # import numpy as np
+    assert "dllm_gym.render" in imports(ROOT / "dllm_gym/envs/single.py")  # from dllm_gym import render
+    assert "numpy" in imports(ROOT / "dllm_gym/envs/single.py")  # import numpy as np
 
 
 @pytest.mark.parametrize("path", files("dllm_gym"), ids=module_name)
@@ -75,17 +69,13 @@ def test_the_environment_imports_downwards(path):
     assert own in MAY_IMPORT, f"say in MAY_IMPORT what dllm_gym.{own} may import"
     used = {part(name) for name in imports(path) if name.startswith("dllm_gym.")} - EVERYWHERE
     assert used <= MAY_IMPORT[own] | {own}
-    assert packages(path).isdisjoint({"agents", "scripts", "shared", *HYDRA})
-    assert "torchrl" not in packages(path) or own == "torchrl_env"
+    assert packages(path).isdisjoint({"agents", "scripts", "factory", *HYDRA})
+    assert "torchrl" not in packages(path) or module_name(path) in TORCHRL
 
 
 @pytest.mark.parametrize("path", files("agents"), ids=module_name)
 def test_agents_know_neither_scripts_nor_hydra(path):
-    assert packages(path).isdisjoint({"scripts", "shared", *HYDRA})
-    if path.stem in TENSORS_ONLY:
-        assert {part(name) for name in imports(path) if name.startswith("dllm_gym.")} <= EVERYWHERE
-        others = {part(name) for name in imports(path) if name.startswith("agents.")}
-        assert others <= set(TENSORS_ONLY)
+    assert packages(path).isdisjoint({"scripts", "factory", *HYDRA})
 
 
 def loaded(statement: str, names: list[str]) -> str:
@@ -97,16 +87,16 @@ def loaded(statement: str, names: list[str]) -> str:
 def test_importing_is_light_and_silent():
     heavy = ["torch", "transformers", "torchrl", "datasets", "hydra", "matplotlib"]
     assert loaded("import dllm_gym, dllm_gym.tasks, dllm_gym.render", heavy) == "[]\n"
-    assert loaded("import dllm_gym.vector_env, agents.heuristics, agents.policies", ["torchrl", "hydra"]) == "[]\n"
+    assert loaded("import dllm_gym.envs.vector, dllm_gym.deciders", ["torchrl", "hydra"]) == "[]\n"
 
 
-FACES = ("env", "vector_env", "torchrl_env", "sb3_env")
-SHOWN = [*files("dllm_gym/tasks"), *(ROOT / f"dllm_gym/{name}.py" for name in FACES)]
+FACES = ("single", "vector", "torchrl", "sb3")
+SHOWN = [*ROOT.glob("dllm_gym/tasks/*.py"), *(ROOT / f"dllm_gym/envs/{name}.py" for name in FACES)]
 
 
 @pytest.mark.parametrize("path", files("dllm_gym", "agents"), ids=module_name)
 def test_examples_in_docstrings_run(path):
-    if path.stem == "sb3_env":
+    if path.stem in ("sb3", "sb3_env"):
         pytest.importorskip("stable_baselines3", reason="the adapter needs Stable-Baselines3")
     result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.failed == 0
@@ -122,5 +112,5 @@ def test_every_command_lets_torch_sleep_while_it_waits(path):
     """What sets it comes before whatever imports torch."""
     nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [name.name if isinstance(node, ast.Import) else node.module for node in nodes for name in node.names]
-    heavy = [i for i, name in enumerate(names) if name.split(".")[0] in ("torch", "agents", "dllm_gym", "shared")]
-    assert min(names.index(name) for name in ("passive", "command") if name in names) < min(heavy)
+    heavy = [i for i, name in enumerate(names) if name.split(".")[0] in ("torch", "agents", "dllm_gym", "factory")]
+    assert min(names.index(name) for name in ("prelude", "command") if name in names) < min(heavy)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dllm_gym.batches import Batching, upload
 from dllm_gym.models.attention import ATTENTION
 from dllm_gym.models.base import DLLM
+from dllm_gym.models.batches import Batching, upload
 
 KINDS = ("prefix", "dual")
 

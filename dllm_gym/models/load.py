@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging
 
 from dllm_gym.checks import flag
-from dllm_gym.models import dream, llada, llada2, masked_lm, qwen
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.checkpoint import Checkpoint, Settings
+from dllm_gym.models.families import dream, llada, llada2, masked_lm, qwen
 
 SHIPPED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_shallow")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, Row, Source
-from dllm_gym.tasks.grading import marked
+from dllm_gym.tasks.grading.text import marked
 
 LONGEST = 200  # characters of an expression
 COLUMNS = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
@@ -31,8 +31,8 @@ class Countdown(DatasetTask):
 
     Allowed are ``+ - * /`` (also as ``\times``, ``\div``, ``\cdot``) and parentheses; what follows ``=`` is not read
     (unless a lone number precedes it: ``46 = 7 * 3 + 25``).
-    The expression is the reply's mark (:mod:`~dllm_gym.tasks.grading`), or without one its last line; of either, what
-    is set off as code, in bold or as a formula, if the whole is no expression.
+    The expression is the reply's mark (:mod:`~dllm_gym.tasks.grading.text`), or without one its last line; of either,
+    what is set off as code, in bold or as a formula, if the whole is no expression.
 
     Rows need the numbers (``numbers``, ``nums`` or ``input``: a list, or a text such as ``3,7,25``) and ``target`` (or
     ``output``), which covers the files of d1 and the dataset on the hub. Example fields: ``numbers``, ``target``.

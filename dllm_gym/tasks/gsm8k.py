@@ -6,15 +6,15 @@ import re
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, Row, Source, cell
-from dllm_gym.tasks.grading import numbers, same_number
+from dllm_gym.tasks.grading.text import numbers, same_number
 
 
 class GSM8K(DatasetTask):
     r"""Word problems (Cobbe et al., arXiv 2110.14168); an answer is right if it is the same number up to 1e-6.
 
-    Where a reply states its answer is told in :mod:`~dllm_gym.tasks.grading`. Rows need ``question`` and ``answer``
-    (working, then ``#### 72``; or only the number). Example fields: ``question``, ``working`` (without calculator
-    marks), ``answer`` (the number as text).
+    Where a reply states its answer is told in :mod:`~dllm_gym.tasks.grading.text`. Rows need ``question`` and
+    ``answer`` (working, then ``#### 72``; or only the number). Example fields: ``question``, ``working`` (without
+    calculator marks), ``answer`` (the number as text).
 
     >>> task = GSM8K(prompt_style="chat")
     >>> example = {"question": "What is 6 * 8?", "working": "6 * 8 = 48", "answer": "48"}

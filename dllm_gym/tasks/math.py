@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, Row, Source, cell
-from dllm_gym.tasks.grading import boxes, marked
-from dllm_gym.tasks.latex import equivalent, equivalent_all
+from dllm_gym.tasks.grading.latex import equivalent, equivalent_all
+from dllm_gym.tasks.grading.text import boxes, marked
 
 if TYPE_CHECKING:
     from datasets import Dataset

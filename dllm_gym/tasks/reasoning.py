@@ -11,8 +11,8 @@ from typing import Any
 from dllm_gym.checks import choice, whole
 from dllm_gym.tasks.base import Example, ProceduralTask
 from dllm_gym.tasks.dataset import STYLES, PromptStyle
-from dllm_gym.tasks.grading import tagged, tags
-from dllm_gym.tasks.workers import Pool, puzzles, sealed
+from dllm_gym.tasks.grading.text import tagged, tags
+from dllm_gym.tasks.grading.workers import Pool, puzzles, sealed
 
 POOL = Pool("reasoning", seconds=5.0)  # of processor time for one answer
 KEPT = 5_000  # puzzles

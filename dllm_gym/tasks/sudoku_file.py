@@ -6,7 +6,7 @@ import re
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, Row
-from dllm_gym.tasks.grading import LIMIT, marked
+from dllm_gym.tasks.grading.text import LIMIT, marked
 
 # cells with little between them; then also as lists, tables, matrices and bold text write them: the text before a grid
 # may end in such a sign, too, so both are tried; a blank line ends the second kind
@@ -21,7 +21,7 @@ class SudokuFile(DatasetTask):
     r"""Complete a 4x4 grid with one answer; needs a file with the columns ``Puzzle`` and ``Solution``, 16 digits each.
 
     0 is a blank cell. The answer is the last grid (16 digits, whatever blanks, bars, commas, brackets, dashes,
-    asterisks or line breaks of LaTeX stand between them) in the reply's mark (:mod:`~dllm_gym.tasks.grading`), or
+    asterisks or line breaks of LaTeX stand between them) in the reply's mark (:mod:`~dllm_gym.tasks.grading.text`), or
     without a mark in the whole reply. Example fields: ``puzzle``, ``solution``.
 
     >>> task = SudokuFile(score="cells")

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from dllm_gym.tasks.grading.workers import cores
 from dllm_gym.tasks.sandbox.folders import environment, erase, interpreter, links, others, shown, third_party
 from dllm_gym.tasks.sandbox.nursery import Nursery
-from dllm_gym.tasks.workers import cores
 
 log = logging.getLogger(__name__)
 

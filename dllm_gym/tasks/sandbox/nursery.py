@@ -14,8 +14,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from dllm_gym.tasks.grading.workers import start
 from dllm_gym.tasks.sandbox.cage import PATIENCE, SETUP_SECONDS, frame, take
-from dllm_gym.tasks.workers import start
 
 CAGE = Path(__file__).with_name("cage.py")
 GRACE_SECONDS = 60.0  # beyond its own limits, before a supervisor is given up

@@ -1,0 +1,1 @@
+"""Run folders: how their files are written and verified, their checkpoints, and what of a stranger's is trusted."""

@@ -1,0 +1,405 @@
+"""The policy networks: observation -> one logit per position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm_gym.checks import flag, number, whole
+from dllm_gym.deciders.policy import Policy, smart_head
+
+_DOUBT = 1e-3  # log-odds see no more certainty than this: they end at +-6.9
+
+
+def joint_confidence(confidence: Tensor, legal: Tensor) -> Tensor:
+    """The chance that everything surer than a position is right, were positions independent.
+
+    At position i the product of c_j over the legal j with c_j > c_i, and over those left of i with c_j = c_i; in log
+    space what the entropy-bounded sampler (arXiv 2505.24857) bounds, with -log c in place of the entropy.
+
+    Args:
+        confidence: c, float [.., L]. legal: bool [.., L], what may be unmasked now.
+
+    Returns:
+        Float [.., L] in [0, 1]; 0 where nothing may be unmasked.
+    """
+    value, order = confidence.masked_fill(~legal, 0).sort(dim=-1, descending=True, stable=True)
+    before = torch.cat([torch.ones_like(value[..., :1]), value[..., :-1]], dim=-1).cumprod(-1)
+    return torch.zeros_like(before).scatter(-1, order, before).masked_fill(~legal, 0)
+
+
+class DiTConfidence(Policy):
+    """LUP's ``dit_confidence``: one DiT block over the completion, fed only with the dLLM's confidences.
+
+    Reads the whole completion: per position its ``top_k`` largest probabilities; the block is modulated (AdaLN) by the
+    time and by whether the position is still masked. At the defaults 331,265 parameters (arXiv 2512.09106).
+
+    *Smart init* (LUP): the AdaLN projection is zero, so the block starts as the identity, and the output bias -2 starts
+    at 12 % of the positions per step.
+
+    >>> sum(p.numel() for p in DiTConfidence().parameters())
+    331265
+
+    Args:
+        width: channels; ffn: hidden channels of the feed-forward part; heads: attention heads.
+        top_k: confidences read per position; the observation may hold more.
+        output_bias: initial logit.
+        time_period: longest period of the time embedding (over 2 pi); its frequencies are 1 .. 1 / time_period. The
+            default suits t in [0, 1]; LUP's own 1.0 makes all frequencies equal, so the embedding holds two values.
+        absolute_positions: also add an embedding of the position to the input. Rotary attention alone (LUP) starts
+            blind to position, because the block starts as the identity: equally confident positions then begin with
+            equal logits, and only chance tells them apart.
+        preference: also read the ``preference`` of an environment with a range of alphas: one network for the whole
+            front, whose speed is a knob at decoding time. It is embedded and added as the time is, and stands beside
+            the confidences, where it can move a threshold from the start.
+        joint: also read :func:`joint_confidence` at every position. From it the entropy-bounded sampler's rule (stop
+            when what was taken is unsure enough as a whole) is a threshold; from the confidences alone a network has to
+            sort them first, and independent picks cannot tell equals apart.
+        odds: weight, >= 0, with which the log-odds of the largest confidence are added to the logits. The policy then
+            begins as a soft confidence threshold and learns what to change about it; at 0 (LUP) it begins blind, and
+            first has to learn that confidence matters.
+        haste: weight, >= 0, with which the preference (0: quality, 1: speed) is added to the logits; needs
+            ``preference``. The knob then moves the speed from the start, and with ``odds`` it moves the threshold.
+        candidates: see ``Policy``.
+
+    Raises:
+        ValueError: a setting is out of range, or (on call) the observation has fewer than ``top_k`` confidences.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 128,
+        ffn: int = 512,
+        heads: int = 2,
+        top_k: int = 1,
+        output_bias: float = -2.0,
+        time_period: float = 0.01,
+        absolute_positions: bool = False,
+        preference: bool = False,
+        joint: bool = False,
+        odds: float = 0.0,
+        haste: float = 0.0,
+        candidates: int | None = None,
+    ):
+        _check_heads("width", width, heads)
+        _check_counts(ffn=ffn, top_k=top_k)
+        number("time_period", time_period, above=0)
+        for name, weight in (("odds", odds), ("haste", haste)):
+            number(name, weight, least=0)
+        switches = {"absolute_positions": absolute_positions, "preference": preference, "joint": joint}
+        for name, switch in switches.items():
+            flag(name, switch)
+        if haste and not preference:
+            raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
+        self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
+        super().__init__(
+            width=width,
+            ffn=ffn,
+            heads=heads,
+            top_k=top_k,
+            output_bias=output_bias,
+            time_period=time_period,
+            absolute_positions=absolute_positions,
+            preference=preference,
+            joint=joint,
+            odds=odds,
+            haste=haste,
+            candidates=candidates,
+        )
+        self.time_period, self.joint, self.odds, self.haste = time_period, joint, odds, haste
+        self.input = nn.Linear(top_k + joint + preference, width)
+        self.mask_embedding = nn.Embedding(2, width)
+        self.time_mlp = _time_mlp(width)
+        self.preference_mlp = _time_mlp(width) if preference else None
+        self.place = nn.Linear(width, width) if absolute_positions else None
+        self.block = DiTBlock(width, ffn, heads)
+        self.final_norm = nn.LayerNorm(width)
+        self.head = smart_head(width, output_bias)
+
+    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor, *more: Tensor) -> Tensor:
+        dtype = self.head.weight.dtype
+        seen = [confidence[..., : self.top_k]]
+        if self.joint:
+            seen.append(joint_confidence(confidence[..., 0], more[0] != 0)[..., None])
+        if self.preference_mlp is not None:
+            seen.append(more[-1][:, None].expand(*mask.shape, 1))
+        x = self.input(torch.cat(seen, dim=-1).to(dtype))  # (B, L, d)
+        if self.place is not None:
+            position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
+            x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(dtype))
+        condition = _condition(self.time_mlp, self.mask_embedding, sinusoid(time, x.shape[-1], self.time_period))
+        if self.preference_mlp is not None:
+            wish = sinusoid(more[-1], x.shape[-1], self.time_period).to(dtype)
+            condition = condition + self.preference_mlp(wish)[:, None]
+        return self.final_norm(self.block(x, condition, mask[..., None] != 0))
+
+    def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
+        start: Tensor | float = 0.0
+        if self.odds:
+            confidence = seen["confidence"][..., 0].float()  # (.., L)
+            start = self.odds * confidence.clamp(_DOUBT, 1 - _DOUBT).logit()
+        return start + self.haste * seen["preference"].float() if self.haste else start
+
+
+class DiTHidden(Policy):
+    """LUP's ablation ``dit_hidden``: a transformer block as wide as the dLLM, on its last hidden states.
+
+    Reads the hidden states of the whole completion (nothing of the vocabulary): one DiT block whose layer norms are
+    modulated (AdaLN) by the time and by whether the position is still masked, then a last layer norm modulated in the
+    same way, then the head (arXiv 2512.09106). All modulation starts at zero, so the block starts as the identity.
+
+    >>> sum(p.numel() for p in DiTHidden(hidden_size=128).parameters())
+    364033
+
+    Args:
+        hidden_size: width of the dLLM's hidden states (``DLLM.hidden_size``) and of this network.
+        ffn: hidden channels of the feed-forward part; heads: attention heads.
+        output_bias: initial logit.
+        time_period: as in ``DiTConfidence``.
+        candidates: see ``Policy``.
+
+    Raises:
+        ValueError: a setting is missing or out of range, or (on call) the hidden states are of another width.
+    """
+
+    reads = ("hidden", "mask", "time")
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int | None = None,
+        ffn: int = 512,
+        heads: int = 2,
+        output_bias: float = -2.0,
+        time_period: float = 0.01,
+        candidates: int | None = None,
+    ):
+        width = _check_hidden_size(hidden_size)
+        _check_heads("hidden_size", width, heads)
+        _check_counts(ffn=ffn)
+        number("time_period", time_period, above=0)
+        super().__init__(
+            hidden_size=width,
+            ffn=ffn,
+            heads=heads,
+            output_bias=output_bias,
+            time_period=time_period,
+            candidates=candidates,
+        )
+        self.time_period = time_period
+        self.mask_embedding = nn.Embedding(2, width)
+        self.time_mlp = _time_mlp(width)
+        self.block = DiTBlock(width, ffn, heads)
+        self.final_norm = nn.LayerNorm(width)
+        self.final_modulation = _zero_modulation(width, 2)
+        self.head = smart_head(width, output_bias)
+
+    def trunk(self, hidden: Tensor, mask: Tensor, time: Tensor) -> Tensor:
+        masked = mask[..., None] != 0  # (B, L, 1)
+        condition = _condition(self.time_mlp, self.mask_embedding, sinusoid(time, self.width, self.time_period))
+        x = self.block(hidden.to(self.head.weight.dtype), condition, masked)  # (B, L, d)
+        shift, scale = _by_mask(self.final_modulation(condition), masked).chunk(2, dim=-1)
+        return self.final_norm(x) * (1 + scale) + shift
+
+
+class UPOPolicy(Policy):
+    """UPO's policy: a transformer layer on the dLLM's features, joined by its top probabilities, then an MLP.
+
+    Per position the layer's output, the ``top_k`` largest probabilities and two flags (may be unmasked now; still
+    masked) go through an MLP with three hidden layers (linear, layer norm, SiLU) to one logit (arXiv 2510.05725: 10
+    such features beside the hidden state). It does not read the time. Differences from the authors' network: the layer
+    reads the dLLM's last hidden states, not the input of its last block; it starts at random, not as a copy of that
+    block; the first flag is 1 at masked positions of the active block only.
+
+    >>> sum(p.numel() for p in UPOPolicy(hidden_size=128).parameters())
+    250241
+
+    Args:
+        hidden_size: width of the dLLM's hidden states (``DLLM.hidden_size``) and of the transformer layer.
+        width: channels of the MLP; the authors use hidden_size + top_k + 2.
+        ffn: hidden channels of the transformer layer's feed-forward part; heads: its attention heads.
+        top_k: confidences read per position; the observation may hold more.
+        output_bias: initial logit (without effect on a categorical distribution).
+        candidates: see ``Policy``.
+
+    Raises:
+        ValueError: a setting is missing or out of range, or (on call) the hidden states are of another width or there
+            are fewer than ``top_k`` confidences.
+    """
+
+    reads = ("hidden", "confidence", "mask", "action_mask")
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int | None = None,
+        width: int = 128,
+        ffn: int = 512,
+        heads: int = 2,
+        top_k: int = 8,
+        output_bias: float = -2.0,
+        candidates: int | None = None,
+    ):
+        hidden_size = _check_hidden_size(hidden_size)
+        _check_heads("hidden_size", hidden_size, heads)
+        _check_counts(width=width, ffn=ffn, top_k=top_k)
+        super().__init__(
+            hidden_size=hidden_size,
+            width=width,
+            ffn=ffn,
+            heads=heads,
+            top_k=top_k,
+            output_bias=output_bias,
+            candidates=candidates,
+        )
+        self.block = TransformerBlock(hidden_size, ffn, heads)
+        self.block_norm = nn.LayerNorm(hidden_size)
+        sizes = (hidden_size + top_k + 2, width, width, width)
+        self.mlp = nn.Sequential(
+            *(nn.Sequential(nn.Linear(i, o), nn.LayerNorm(o), nn.SiLU()) for i, o in pairwise(sizes))
+        )
+        self.head = smart_head(width, output_bias)
+
+    def trunk(self, hidden: Tensor, confidence: Tensor, mask: Tensor, action_mask: Tensor) -> Tensor:
+        dtype = self.head.weight.dtype
+        x = self.block_norm(self.block(hidden.to(dtype)))  # (B, L, d)
+        flags = torch.stack([action_mask != 0, mask != 0], dim=-1)  # (B, L, 2)
+        return self.mlp(torch.cat([x, flags.to(dtype), confidence[..., : self.top_k].to(dtype)], dim=-1))
+
+
+class MLPPolicy(Policy):
+    """Each position on its own, without attention: what a policy can do that compares no positions (the floor).
+
+    A learned confidence threshold that may vary with the time: an MLP with two hidden layers on the position's
+    ``top_k`` largest probabilities, its mask flag and the time.
+
+    >>> sum(p.numel() for p in MLPPolicy().parameters())
+    17153
+
+    Args:
+        width: channels.
+        top_k: confidences read per position; the observation may hold more.
+        output_bias: initial logit.
+        candidates: see ``Policy``.
+
+    Raises:
+        ValueError: a setting is out of range, or (on call) the observation has fewer than ``top_k`` confidences.
+    """
+
+    def __init__(self, *, width: int = 128, top_k: int = 1, output_bias: float = -2.0, candidates: int | None = None):
+        _check_counts(width=width, top_k=top_k)
+        super().__init__(width=width, top_k=top_k, output_bias=output_bias, candidates=candidates)
+        self.mlp = nn.Sequential(nn.Linear(top_k + 2, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.head = smart_head(width, output_bias)
+
+    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor) -> Tensor:
+        flag = (mask != 0)[..., None]  # (B, L, 1)
+        x = torch.cat([confidence[..., : self.top_k], flag, time[:, None].expand_as(flag)], dim=-1)  # (B, L, K + 2)
+        return self.mlp(x.to(self.head.weight.dtype))
+
+
+def _check_counts(**settings: int) -> None:
+    for name, value in settings.items():
+        whole(name, value)
+
+
+def _check_heads(name: str, width: int, heads: int) -> None:
+    if whole(name, width) % (2 * whole("heads", heads)):
+        raise ValueError(f"{name}={width} is not valid with heads={heads}: a multiple of 2 * heads is (rotary halves)")
+
+
+def _check_hidden_size(hidden_size: int | None) -> int:
+    if hidden_size is None:
+        raise ValueError(
+            "hidden_size=None is not valid: it is the width of the dLLM's hidden states (the hidden_size of the "
+            "environment's model)"
+        )
+    return hidden_size
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block with rotary positions, [B, L, d] to [B, L, d]."""
+
+    def __init__(self, width: int, ffn: int, heads: int, modulation: nn.Module | None = None):
+        super().__init__()
+        self.heads = heads
+        self.modulation: Any = modulation
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.GELU(), nn.Linear(ffn, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._attend(self.attention_norm(x))
+        return x + self.ffn(self.ffn_norm(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d / heads)
+        q, k = rotate(q), rotate(k)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class DiTBlock(TransformerBlock):
+    """Transformer block with AdaLN modulation; starts as the identity."""
+
+    def __init__(self, width: int, ffn: int, heads: int):
+        super().__init__(width, ffn, heads, _zero_modulation(width, 6))
+
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, L, d]; condition [B, 2, d] for mask 0 and 1; mask bool [B, L, 1]. Returns [B, L, d]."""
+        modulation = _by_mask(self.modulation(condition), mask)  # (B, L, 6d)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
+        x = x + gate_a * self._attend(self.attention_norm(x) * (1 + scale_a) + shift_a)
+        return x + gate_f * self.ffn(self.ffn_norm(x) * (1 + scale_f) + shift_f)
+
+
+def _zero_modulation(width: int, parts: int) -> nn.Sequential:
+    """The AdaLN projection of a condition [.., d] to shifts, scales and gates [.., parts * d], at first all zero."""
+    projection = nn.Linear(width, parts * width)
+    nn.init.zeros_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    return nn.Sequential(nn.SiLU(), projection)
+
+
+def _time_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _condition(time_mlp: nn.Module, mask_embedding: nn.Embedding, time: Tensor) -> Tensor:
+    """The two conditions of a row, [B, 2, d] for unmasked and masked positions, from its embedded time [B, d]."""
+    weight = mask_embedding.weight
+    return time_mlp(time.to(weight.dtype))[:, None] + weight
+
+
+def _by_mask(modulation: Tensor, mask: Tensor) -> Tensor:
+    """Each position's own modulation [B, L, c], from those of the two conditions [B, 2, c] and mask bool [B, L, 1].
+
+    Projecting the two conditions first and choosing then saves a third of a block's arithmetic.
+    """
+    unmasked, masked = modulation.chunk(2, dim=1)  # (B, 1, c) each
+    return torch.where(mask, masked, unmasked)
+
+
+def sinusoid(value: Tensor, width: int, period: float) -> Tensor:
+    """Embedding float32 [B, width] (cosines, sines) of value [B, 1]; frequencies period ** -(i / half)."""
+    half = width // 2
+    frequency = period ** -(torch.arange(half, device=value.device, dtype=torch.float32) / half)
+    angle = value.float() * frequency  # (B, half)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary position embedding (RoFormer, halves convention) of x [B, heads, L, d]."""
+    length, half = x.shape[-2], x.shape[-1] // 2
+    frequency = base ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * frequency  # (L, half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,0 +1,238 @@
+"""The base of the policy networks: what they read, their head, and how they are stored."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dllm_gym.checks import number, whole
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+# Settings younger than some stored policies, with what those meant.
+_ADDED = {"candidates": None, "preference": False, "joint": False, "odds": 0.0, "haste": 0.0}
+_NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
+_CARD = """---
+{{ card_data }}
+---
+
+Decides which tokens a masked diffusion language model commits at each step, for environments of dllm_gym. To load it:
+
+```python
+from dllm_gym.deciders import {{ policy }}
+
+policy = {{ policy }}.from_pretrained(...)  # this folder or repository
+```
+"""
+
+
+class Policy(
+    nn.Module,
+    ModelHubMixin,
+    library_name="dllm_gym",
+    tags=["diffusion-language-model", "reinforcement-learning"],
+    model_card_template=_CARD,
+):
+    """Base of the policy networks: per-position features, a linear head, and how both are stored.
+
+    A family sets ``reads`` (the observation entries that its ``trunk`` takes, in this order), writes ``trunk``, and in
+    ``__init__`` calls ``super().__init__(**arguments)`` with all of its arguments, so that
+    ``type(self)(**self.settings)`` is the same network, and makes ``self.head`` (``smart_head``).
+
+    Every family takes ``candidates`` (K): only the K most confident legal positions (the leftmost of equals) keep
+    their logit, all others get one so low that they are never picked. With a categorical distribution the policy is
+    then a softmax over the K most confident positions (UPO's top-K realization, arXiv 2510.05725). None: all positions.
+
+    Attributes:
+        settings: all arguments of the constructor.
+        in_keys: observation entries, in the order of the arguments of ``forward`` and ``features``.
+        width: channels of ``features``.
+        head: the linear layer from features to logits.
+        top_k: confidences per position that it reads; hidden_size: width of the hidden states that it reads (0: none).
+    """
+
+    reads: tuple[str, ...] = ("confidence", "mask", "time")
+    head: nn.Linear
+
+    def __init__(self, *, candidates: int | None, **settings: Any):
+        super().__init__()
+        self.settings = {**settings, "candidates": candidates}
+        self.candidates = candidates
+        if candidates is not None:
+            whole("candidates", candidates)
+        extra = () if candidates is None else ("confidence", "action_mask")
+        self.in_keys = tuple(dict.fromkeys((*self.reads, *extra)))
+        self.top_k: int = settings.get("top_k", int("confidence" in self.in_keys))
+        self.hidden_size: int = settings.get("hidden_size", 0)
+
+    @property
+    def width(self) -> int:
+        return self.head.in_features
+
+    @property
+    def requires(self) -> dict[str, int]:
+        """Settings of the environment that the observation needs, as the least value of each."""
+        needs = {"top_k": self.top_k, "hidden": int(self.hidden_size > 0)}
+        return {name: least for name, least in needs.items() if least}
+
+    def read(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The arguments of ``forward``.
+
+        Raises:
+            ValueError: the observation lacks one; says which setting of the environment provides it.
+        """
+        present = observation.keys()  # a TensorDict knows no `in`
+        missing = [key for key in self.in_keys if key not in present]
+        if missing:
+            settings = {"hidden": "hidden=True", "preference": "alpha=[low, high]"}
+            needed = [settings[key] for key in missing if key in settings]
+            how = f": build the environment with {' and '.join(needed)}" if needed else ""
+            raise ValueError(f"{type(self).__name__} reads {', '.join(missing)}, which the observation lacks{how}")
+        return tuple(observation[key] for key in self.in_keys)
+
+    def features(self, *observation: Tensor) -> Tensor:
+        """What the head reads, [.., L, width] in the parameters' dtype, from the entries ``in_keys``.
+
+        Raises:
+            ValueError: an entry does not fit this network; says which setting of the environment changes it.
+        """
+        seen = dict(zip(self.in_keys, observation, strict=True))
+        self._check(seen)
+        lead, length = seen["mask"].shape[:-1], seen["mask"].shape[-1]
+        rows = (seen[key].flatten(0, len(lead) - 1) if lead else seen[key][None] for key in self.reads)  # (B, ..)
+        return self.trunk(*rows).reshape(*lead, length, self.width)
+
+    def _check(self, seen: Mapping[str, Tensor]) -> None:
+        confidences = seen["confidence"].shape[-1] if "confidence" in seen else 0
+        if confidences < self.top_k:
+            raise ValueError(
+                f"this policy reads top_k={self.top_k} confidences per position but the observation has {confidences}: "
+                f"build the environment with top_k >= {self.top_k}"
+            )
+        channels = seen["hidden"].shape[-1] if "hidden" in seen else 0
+        if channels != self.hidden_size:
+            raise ValueError(
+                f"this policy reads hidden states of hidden_size={self.hidden_size} but the observation's have "
+                f"{channels} channels: build the environment with hidden=True and a model of that width"
+            )
+
+    trunk: Callable[..., Tensor]
+    """Features [B, L, width] from the entries ``reads``, each with one leading dimension."""
+
+    def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
+        """What the head's logits are added to, [.., L] or the same everywhere: a rule that training departs from."""
+        return 0.0
+
+    def forward(self, *observation: Tensor) -> Tensor:
+        """Logits float32 [.., L] from the entries ``in_keys``."""
+        seen = dict(zip(self.in_keys, observation, strict=True))
+        logits = self.head(self.features(*observation)).squeeze(-1).float() + self.start(seen)  # (.., L)
+        if self.candidates is None:
+            return logits
+        return logits.where(self._most_confident(seen["confidence"][..., 0], seen["action_mask"] != 0), _NEVER)
+
+    def _most_confident(self, confidence: Tensor, legal: Tensor) -> Tensor:
+        """bool [.., L]: the ``candidates`` largest of ``confidence`` among legal positions, the leftmost of equals."""
+        order = confidence.masked_fill(~legal, -1.0).argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(legal).scatter(-1, order[..., : self.candidates], True) & legal
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (``save_pretrained`` adds a model card)."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(weights, save_directory / _WEIGHTS)
+        config = {"policy": type(self).__name__, **self.settings}
+        (save_directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # no model_kwargs: nothing is dropped
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The network stored in a folder or in a repository of the Hugging Face hub, on the CPU.
+
+        Args:
+            source: a folder that ``save_pretrained`` wrote, or a repository id.
+            revision: branch, tag or commit of the repository; token, cache_dir, force_download, local_files_only: how
+                it is downloaded, see ``huggingface_hub.snapshot_download``.
+
+        Raises:
+            ValueError: there is no such folder and no such repository can be read, a file is missing or unreadable, the
+                configuration is of another class or has missing, unknown or invalid settings, or a weight is missing,
+                unexpected or of another shape. Nothing is dropped and nothing is left at random.
+        """
+        # The mixin's own version would drop settings that the class does not know, hence not `_from_pretrained`.
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _download(
+                str(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        policy = cls._from_config(folder / _CONFIG)
+        try:
+            policy.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"{folder / _WEIGHTS} does not hold the weights of this {cls.__name__}: {error}"
+            ) from error
+        return policy
+
+    @classmethod
+    def _from_config(cls, path: Path) -> Self:
+        """A new network with the settings of a ``config.json``."""
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path.parent} is not a saved policy: cannot read {path.name} ({error})") from error
+        if not isinstance(config, dict) or config.pop("policy", None) != cls.__name__:
+            raise ValueError(f"{path} does not describe a {cls.__name__}")
+        expected = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        config = {**{name: value for name, value in _ADDED.items() if name in expected}, **config}
+        if set(config) != expected:
+            missing, unknown = sorted(expected - set(config)), sorted(set(config) - expected)
+            raise ValueError(f"{path}: missing settings {missing}, unknown settings {unknown}")
+        try:
+            return cls(**config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md of a saved policy."""
+        return super().generate_model_card(*args, policy=type(self).__name__, **kwargs)
+
+
+def _download(repository: str, **settings: Any) -> Path:
+    """The folder with a hub repository's two files."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[_CONFIG, _WEIGHTS], **settings))
+    except Exception as error:  # of many kinds: no such repository, no right to read it, no network, not an id at all
+        raise ValueError(f"{repository!r} is no folder, and no readable repository of the hub: {error}") from error
+
+
+def smart_head(width: int, output_bias: float) -> nn.Linear:
+    """The layer from features to a logit per position, whose logits start near ``output_bias`` (LUP's smart init).
+
+    LUP does not say how the weight starts. Here N(0, 0.02), less beyond 128 channels: for features of unit variance the
+    logits begin within a few tenths of the bias, and unlike with a zero weight every layer gets a gradient at once.
+    """
+    head = nn.Linear(width, 1)
+    nn.init.normal_(head.weight, std=0.02 * min(1.0, (128 / width) ** 0.5))
+    nn.init.constant_(head.bias, number("output_bias", output_bias))
+    return head

@@ -1,0 +1,133 @@
+"""Which example and which random stream an episode gets."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dllm_gym.process.config import EMPTY
+from dllm_gym.process.rewards import AlphaRange
+
+
+def draw(rng: np.random.Generator, count: int) -> tuple[int, int]:
+    """An example index below ``count`` and the key of a random stream."""
+    return int(rng.integers(count)), int(rng.integers(1 << 63))
+
+
+def check_example(index: Any, count: int, least: int = 0) -> int:
+    """``index`` if it names one of ``count`` examples (with ``least=EMPTY``, or none)."""
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or not least <= index < count:
+        raise ValueError(f"options['examples']: {index!r} is not an example of the split (0 to {count - 1})")
+    return int(index)
+
+
+def check_alphas(options: Mapping[str, Any], alphas: AlphaRange | None, count: int) -> list[float | None]:
+    """``options["alpha"]``: one per episode that is started or queued, ``count`` in all; a number counts for all.
+
+    None for episodes that draw their own.
+
+    Raises:
+        ValueError: the environment has no range of alphas, or one of these lies outside of it.
+    """
+    chosen = options.get("alpha")
+    if chosen is None:
+        return [None] * count
+    if alphas is None:
+        raise ValueError(f"options['alpha']={chosen!r}: make the environment with a range, alpha=[low, high]")
+    try:
+        values = [float(a) for a in (chosen if np.ndim(chosen) else [chosen] * count)]
+        if len(values) != count or not all(alphas.low <= a <= alphas.high for a in values):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"options['alpha']={chosen!r}: need a number from {alphas.low:g} to {alphas.high:g}, or {count} of them, "
+            "for the lanes and then for the queue"
+        ) from None
+    return [*values]
+
+
+class Dealer:
+    """Deals examples to lanes.
+
+    Every lane draws from its own generator, seeded with seed + lane, so what it decodes depends on nothing else. When
+    examples are chosen at a seeded reset, item i of them (lanes first, then the queue) has the random stream of
+    seed + i, whichever lane takes it.
+
+    Args:
+        lanes: number of lanes. count: number of examples in the split. alphas: of the environment.
+    """
+
+    def __init__(self, lanes: int, count: int, alphas: AlphaRange | None = None):
+        self.lanes, self.count, self.alphas = lanes, count, alphas
+        self.alpha: float | None = None  # of all episodes; None: each draws its own, or has it from the queue
+        self.queue: deque[tuple[int, float | None]] | None = None
+        self.generators = [np.random.default_rng() for _ in range(lanes)]
+        self.base: int | None = None  # the seed of a reset that has not opened yet
+        self.queue_base = self.item = 0
+
+    def seed(self, seed: int | Sequence[int | None] | None, lanes: Iterable[int] | None = None) -> None:
+        """Start generators anew: from seed + lane, from seed[lane], or (None) from the system's entropy.
+
+        Args:
+            seed: for all lanes, or one per lane.
+            lanes: whose generators; all by default.
+        """
+        if seed is None or isinstance(seed, int | np.integer):
+            seed = [None if seed is None else int(seed) + lane for lane in range(self.lanes)]
+        if len(seed) != self.lanes:
+            raise ValueError(f"seed={seed!r}: need one number, or {self.lanes} of them")
+        for lane in range(self.lanes) if lanes is None else lanes:
+            self.generators[lane] = np.random.default_rng(seed[lane])
+        if lanes is None:
+            self.base = seed[0]
+
+    def open(self, options: Mapping[str, Any]) -> tuple[list[int], list[int], list[float | None]]:
+        """Examples, keys and alphas (None: drawn by the episode) of the first episode of every lane.
+
+        Args:
+            options: of reset; ``examples`` (one index per lane, EMPTY for none), ``queue`` (indices of further
+                examples: lanes that finish take the next one, and stay empty when none is left) and ``alpha``.
+        """
+        chosen = self.chosen(options)
+        queue = options.get("queue")
+        if queue is not None and chosen is None:
+            raise ValueError("options['queue'] goes with options['examples']")
+        alphas = check_alphas(options, self.alphas, self.lanes + len(queue or ()))
+        self.alpha = alphas[0] if isinstance(options.get("alpha"), int | float) else None
+        examples = [check_example(e, self.count) for e in queue or ()]
+        self.queue = None if queue is None else deque(zip(examples, alphas[self.lanes :], strict=True))
+        self.item = self.lanes
+        if self.base is None:  # not seeded for this reset: queue items get new streams
+            self.base = int(self.generators[0].integers(1 << 31))
+        self.queue_base, self.base = self.base, None
+        dealt = [draw(generator, self.count) for generator in self.generators]
+        return chosen or [example for example, _ in dealt], [key for _, key in dealt], alphas[: self.lanes]
+
+    def chosen(self, options: Mapping[str, Any]) -> list[int] | None:
+        """``options["examples"]``, checked: one index per lane, EMPTY for none."""
+        examples = options.get("examples")
+        if examples is None:
+            return None
+        if np.ndim(examples) != 1 or len(examples) != self.lanes:
+            raise ValueError(f"options['examples']={examples!r}: need a sequence of {self.lanes} indices")
+        return [check_example(e, self.count, least=EMPTY) for e in examples]
+
+    def deal(self, lane: int) -> tuple[int, int, float | None]:
+        """The next example, key and alpha (None: drawn by the episode) for a lane that has finished."""
+        if self.queue is None:
+            return *draw(self.generators[lane], self.count), self.alpha
+        if not self.queue:
+            return EMPTY, 0, None
+        _, key = draw(np.random.default_rng(self.queue_base + self.item), self.count)
+        self.item += 1
+        example, alpha = self.queue.popleft()
+        return example, key, alpha
+
+    def restart(self, lane: int, options: Mapping[str, Any]) -> tuple[int, int, float | None]:
+        """Example, key and alpha for a lane that is reset by itself: those of the options, else the next ones."""
+        chosen, alphas = self.chosen(options), check_alphas(options, self.alphas, self.lanes)
+        example, key, alpha = self.deal(lane) if chosen is None else (*draw(self.generators[lane], self.count), None)
+        return example if chosen is None else chosen[lane], key, alpha if alphas[lane] is None else alphas[lane]

@@ -1,0 +1,283 @@
+"""The Gymnasium vector face: many lanes; observations stay on the dLLM's device, all else is numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from dllm_gym import render
+from dllm_gym.checks import choice, whole
+from dllm_gym.envs.dealer import Dealer
+from dllm_gym.models.batches import upload
+from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.predictions import KL_MOST
+from dllm_gym.process.unmasking import Outcome, Unmasking
+
+ARRAYS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "torch": dict,
+    "numpy": lambda observation: {name: value.cpu().numpy() for name, value in observation.items()},
+}
+FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
+
+
+def observation_space(core: Unmasking) -> Dict:
+    """The space of one lane's observation."""
+    L, K, V = core.L, core.sampling.top_k, core.dllm.vocab_size
+    spaces: dict[str, gym.Space] = {
+        "confidence": Box(0.0, 1.0, (L, K), np.float32),
+        "mask": MultiBinary(L),
+        "action_mask": MultiBinary(L),
+        "time": Box(0.0, core.max_steps / L, (1,), np.float32),
+    }
+    if core.sampling.entropy:  # its maximum is below log V: the mask token is excluded
+        spaces["entropy"] = Box(0.0, math.log(V), (L,), np.float32)
+    if core.sampling.margin:
+        spaces["margin"] = Box(0.0, 1.0, (L,), np.float32)
+    if core.predictions.drift is not None:
+        spaces["kl"] = Box(0.0, KL_MOST, core.predictions.drift.kl.shape[1:], np.float32)
+    if core.alphas is not None:
+        spaces["preference"] = Box(0.0, 1.0, (1,), np.float32)
+    if core.sampling.hidden:
+        spaces["hidden"] = Box(-np.inf, np.inf, (L, core.dllm.hidden_size), np.float32)
+    return Dict(spaces)
+
+
+def check_options(options: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
+    """The options of a reset that are not None; ValueError for a key that means nothing."""
+    for key in options or {}:
+        if key not in known:
+            raise ValueError(f"options[{key!r}] is not known: choose from {', '.join(known)}")
+    return {key: value for key, value in (options or {}).items() if value is not None}
+
+
+def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> str | None:
+    if render_mode is not None and render_mode not in modes:
+        raise ValueError(f"render_mode={render_mode!r} is not supported: choose one of {', '.join(modes)}")
+    return render_mode
+
+
+class DLLMUnmaskVectorEnv(VectorEnv):
+    """``DLLMUnmask-v0`` in many lanes at once; :class:`~dllm_gym.envs.single.DLLMUnmaskEnv` describes the process.
+
+    >>> import gymnasium as gym, torch, dllm_gym
+    >>> envs = gym.make_vec("DLLMUnmask-v0", num_envs=2)
+    >>> observation, info = envs.reset(seed=0)
+    >>> observation, reward, terminated, truncated, info = envs.step(observation["action_mask"])
+    >>> terminated.tolist()
+    [True, True]
+
+    ## Observation and action
+    The single environment's with a leading lane axis [N, ...]. Observations are torch tensors on the dLLM's device, or
+    numpy arrays with ``arrays="numpy"``, for learners and wrappers that compute in numpy. Actions are integer or bool
+    tensors or arrays of shape [N, L]. All else is made on the host and is numpy in either case, as Gymnasium's wrappers
+    want it: rewards float32 [N], ``terminated`` and ``truncated`` bool [N], and the infos, final observations included.
+    Nothing that is returned is written to again.
+
+    ## Autoreset
+    ``autoreset_mode`` is one of Gymnasium's three (enum or its value).
+
+    - ``SAME_STEP`` (default): a lane that finishes takes its next prompt within the same step, so every forward serves
+      every lane. ``info["final_obs"]`` holds the last observations (where ``info["_final_obs"]``; 0 elsewhere),
+      ``info["final_info"]`` the last infos.
+    - ``NEXT_STEP``: the step after the end starts the next episode; its action is ignored and its reward is 0.
+    - ``DISABLED``: finished lanes wait for ``reset(options={"reset_mask": bool [N]})``.
+
+    ## Choosing prompts
+    ``reset(options={"examples": [...]})`` gives every lane an example of the split (-1: none). With ``"queue"`` beside
+    it, lanes that finish take the next index from there, the lowest lane first, and stay empty once it is used up: an
+    empty lane has no legal position, no reward, no end, and costs no forward. Without a queue lanes draw at random.
+    Where the environment has a range of alphas, ``alpha`` chooses from it: a number for all episodes until the next
+    reset, or one per lane followed by one per item of the queue.
+
+    ## Information
+    Where ``info["_episode"]`` (bool [N]) is set an episode has ended, and ``info["episode"]`` holds ``r`` (reward,
+    float32 [N]), ``l`` (NFE, int64 [N]), ``score`` (float32 [N]) and ``example`` (int64 [N]), with a range of alphas
+    also ``alpha`` (float32 [N]). Texts are read with :meth:`last_completions`.
+
+    Args:
+        num_envs: N, the number of lanes.
+        autoreset_mode: see above.
+        render_mode: ``"ansi"`` or ``"rgb_array"``; :meth:`render` gives one frame per lane.
+        arrays: what observations are made of, ``"torch"`` or ``"numpy"``.
+        settings: the fields of :class:`~dllm_gym.process.config.EnvConfig`.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [*FRAME_WRITERS], "render_fps": 4}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
+        arrays: str = "torch",
+        **settings: Any,
+    ):
+        self._deliver = ARRAYS[choice("arrays", arrays, ARRAYS)]
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            choices = ", ".join(mode.value for mode in AutoresetMode)
+            raise ValueError(f"autoreset_mode={autoreset_mode!r} is not known: choose one of {choices}") from None
+        self.num_envs = whole("num_envs", num_envs)
+        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
+        self.core = Unmasking(self.num_envs, EnvConfig.of(settings))
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = observation_space(self.core)
+        self.single_action_space = MultiBinary(self.core.L)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.dealer = Dealer(self.num_envs, len(self.core.examples), self.core.alphas)
+        self._waiting: np.ndarray | None = None  # lanes whose episode is over (NEXT_STEP, DISABLED); None: never reset
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations, rewards and flags live."""
+        return self.core.dllm.device
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start episodes in all lanes, or in those of ``options["reset_mask"]``.
+
+        Args:
+            seed: lane i's generator starts from seed + i (or from seed[i]).
+            options: ``examples``, ``queue``, ``alpha``, ``reset_mask``: see the class. With ``reset_mask`` a seed,
+                examples and alphas count for the lanes that it names.
+
+        Raises:
+            ValueError: an option is wrong. gymnasium.error.ResetNeeded: the first reset leaves lanes out.
+        """
+        options = check_options(options, ("examples", "queue", "alpha", "reset_mask"))
+        if "reset_mask" in options:
+            self._waiting = self._reset_some(np.asarray(torch.as_tensor(options["reset_mask"]).cpu()), seed, options)
+        else:
+            if seed is not None:
+                self.dealer.seed(seed)
+            self.core.place(range(self.num_envs), *self.dealer.open(options))
+            self._waiting = np.zeros(self.num_envs, bool)
+        self.core.predict()
+        return self._deliver(self.core.observe()), {}
+
+    def _reset_some(self, reset_mask: np.ndarray, seed: Any, options: dict[str, Any]) -> np.ndarray:
+        """New episodes in the lanes of ``reset_mask``; returns which lanes still wait."""
+        if reset_mask.shape != (self.num_envs,) or reset_mask.dtype != bool:
+            raise ValueError(f"options['reset_mask']={reset_mask!r}: need bools of shape ({self.num_envs},)")
+        if "queue" in options:
+            raise ValueError("options['queue'] goes with a reset of all lanes, without options['reset_mask']")
+        if self._waiting is None and not reset_mask.all():
+            raise gym.error.ResetNeeded("the first reset is of all lanes: options['reset_mask'] leaves some out")
+        lanes = np.flatnonzero(reset_mask)
+        if seed is not None:
+            self.dealer.seed(seed, lanes)
+        self._place(lanes, [self.dealer.restart(int(lane), options) for lane in lanes])
+        return np.zeros(self.num_envs, bool) if self._waiting is None else self._waiting & ~reset_mask
+
+    def _deal(self, lanes: np.ndarray) -> None:
+        """Put the next prompt into each of these lanes, the lowest lane first."""
+        self._place(lanes, [self.dealer.deal(lane) for lane in lanes])
+
+    def _place(self, lanes: np.ndarray, dealt: list[tuple[int, int, float | None]]) -> None:
+        if len(lanes):
+            self.core.place(lanes, *zip(*dealt, strict=True))
+
+    def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Unmask the chosen positions in every lane.
+
+        Args:
+            actions: integer or bool [N, L], tensor or array; 1 unmasks. Bits outside ``action_mask`` are ignored.
+
+        Raises:
+            ValueError: wrong shape or dtype. gymnasium.error.ResetNeeded: before the first reset, or (DISABLED) a
+                finished lane has not been reset.
+        """
+        if self._waiting is None:
+            raise gym.error.ResetNeeded("step() was called before reset()")
+        if self.autoreset_mode is AutoresetMode.DISABLED and self._waiting.any():
+            lanes = np.flatnonzero(self._waiting).tolist()
+            raise gym.error.ResetNeeded(f"lanes {lanes} have finished: reset them with options={{'reset_mask': ...}}")
+        done = self.core.commit(check_action(actions, (self.num_envs, self.core.L), self.device))
+        last = None
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            last = self._last_observation(done) if done.any() else None
+            self._deal(np.flatnonzero(done))
+        elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self._deal(np.flatnonzero(self._waiting))
+        self._waiting = done & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
+        self.core.predict()  # while the answers that are done are graded
+        outcome = self.core.settle()
+        info = self._information(outcome)
+        if last is not None:
+            info |= {"final_obs": last, "final_info": dict(info)}
+            info |= {name: done.copy() for name in ("_final_obs", "_final_info")}
+        observation = self._deliver(self.core.observe())
+        return observation, outcome.reward.copy(), outcome.terminated.copy(), outcome.truncated.copy(), info
+
+    def _last_observation(self, done: np.ndarray) -> dict[str, np.ndarray]:
+        """What is seen of the lanes that are about to be refilled, with zeros for the others."""
+        if self.core.stale[done].any():
+            self.core.predict()  # masked positions of a truncated lane deserve their true confidences
+        where = upload(np.flatnonzero(done), self.device)
+        last = {}
+        for name, value in self.core.observe().items():
+            seen = value[where].cpu().numpy()
+            last[name] = np.zeros((self.num_envs, *seen.shape[1:]), seen.dtype)
+            last[name][done] = seen
+        return last
+
+    def _information(self, outcome: Outcome) -> dict[str, Any]:
+        done = outcome.done
+        if not done.any():
+            return {}
+        episode = {
+            "r": outcome.reward.copy(),
+            "l": np.where(done, outcome.nfe, 0),
+            "score": outcome.score.copy(),
+            "example": np.where(done, outcome.example, -1),
+        }
+        if self.core.alphas is not None:
+            episode["alpha"] = np.where(done, outcome.alpha, 0).astype(np.float32)
+        return {"episode": episode, "_episode": done}
+
+    def last_completions(self) -> list[str | None]:
+        """The text of the last finished episode of every lane (None where none has finished)."""
+        return list(self.core.completions)
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One frame per lane: texts (ansi) or uint8 arrays [H, W, 3] (rgb_array)."""
+        if self.render_mode is None:
+            return None
+        draw = FRAME_WRITERS[self.render_mode]
+        return tuple(draw(self.core.frame(lane)) for lane in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Nothing to release: weights are shared within the process."""
+
+
+def check_action(action: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """``action`` as a tensor on ``device``.
+
+    Raises:
+        ValueError: it has another shape, or it is not made of integers or bools (floats pass if they are 0 or 1, as
+            Stable-Baselines3 sends them).
+    """
+    try:
+        action = torch.as_tensor(action)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"action={action!r}: need integers or bools of shape {shape} (1 = unmask)") from None
+    if tuple(action.shape) != shape:
+        raise ValueError(f"action of shape {tuple(action.shape)}: need {shape}")
+    if action.is_complex() or (action.is_floating_point() and not torch.isin(action, action.new_tensor([0, 1])).all()):
+        raise ValueError(f"action of dtype {action.dtype}: need integers or bools (1 = unmask)")
+    return action.to(device)

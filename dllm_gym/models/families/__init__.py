@@ -1,0 +1,1 @@
+"""The dLLM families, one file each: what their checkpoints are called, and what makes them this family."""

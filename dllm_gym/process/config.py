@@ -1,0 +1,84 @@
+"""The settings of the decision process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from dllm_gym.models import DLLM
+from dllm_gym.process.rewards import Reward
+from dllm_gym.tasks import Task
+
+EMPTY = -1  # in place of an example: the lane holds no episode
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The settings that all three faces share.
+
+    Attributes:
+        model: ``"tiny"``, a checkpoint folder, a hub id or a :class:`~dllm_gym.models.DLLM`.
+        task: name of a task or a :class:`~dllm_gym.tasks.Task`.
+        split: the task's split that prompts come from.
+        gen_length: L, tokens of a completion; the task's own length by default.
+        max_prompt_length: leave out examples whose prompt, template included, has more tokens; None keeps all.
+        block_length: BL, must divide L; only the first block with masks may be unmasked. L (full diffusion) by default.
+        top_k: K, how many of the largest probabilities are observed per position.
+        temperature: of the proposed tokens; 0 is greedy.
+        reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward.
+        alpha: weight of speed in the reward, >= 0; or a range [low, high] with 0 < low. Then every episode has an alpha
+            of its own (drawn log-uniformly, or chosen at reset), and observes where in the range it lies as its
+            ``preference``.
+        max_episode_steps: truncate after this many steps; L by default.
+        stop_at_eos: end an episode once an end-of-text token is committed and nothing before it is masked. The answer
+            is the same, as nothing after that token belongs to it; NFE are fewer, so results are not comparable with
+            those of the published protocol.
+        lookahead: predict every masked position. False: those that may be unmasked now only, which saves much of the
+            head; all others read 0 in every entry. Not together with ``kl``.
+        cache: ``"none"``, or ``"prefix"`` or ``"dual"``: keys and values of the tokens before the active block, or
+            before and behind it, are those of the step that began the block (Fast-dLLM, arXiv 2505.22618). Faster,
+            and approximate: other tokens, other NFE. ``"prefix"`` is exact for block-causal dLLMs.
+        hidden: observe the dLLM's last hidden states, too (those of the last prediction).
+        entropy: observe the entropy of the dLLM's distributions, too.
+        margin: observe how far the best token leads the second best, too.
+        kl: H, how many of the last steps to observe by how much they moved the dLLM's distributions; 0 is none. It
+            keeps a distribution per position: num_envs * L * V * 4 bytes on the device (V: the vocabulary).
+        device, dtype: of the dLLM (CPU and float32 by default); observations live on the same device, confidences are
+            float32.
+    """
+
+    model: str | DLLM = "tiny"
+    task: str | Task = "sudoku"
+    split: str = "train"
+    gen_length: int | None = None
+    max_prompt_length: int | None = None
+    block_length: int | None = None
+    top_k: int = 1
+    temperature: float = 0.0
+    reward: str | Reward = "multiplicative"
+    alpha: float | Sequence[float] = 1.0
+    max_episode_steps: int | None = None
+    stop_at_eos: bool = False
+    lookahead: bool = True
+    cache: str = "none"
+    hidden: bool = False
+    entropy: bool = False
+    margin: bool = False
+    kl: int = 0
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> EnvConfig:
+        """The configuration with these settings; TypeError for a name that is none."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                # Python's own words: TorchRL's GymEnv tries a setting of its own and looks for them.
+                raise TypeError(
+                    f"DLLMUnmask-v0 got an unexpected keyword argument {name!r}: choose from {', '.join(known)}"
+                )
+        return cls(**settings)

@@ -1,0 +1,1 @@
+"""Parts of scripts/benchmark.py: workloads, meters, the lockstep loop that it is compared with."""

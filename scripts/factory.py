@@ -1,0 +1,229 @@
+"""What the scripts share: from configs to objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from run_folder import RunFolder
+from settings import check_groups
+
+import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
+from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
+from agents.rollout import Decider, evaluate
+from dllm_gym.checks import distinct, number, whole
+from dllm_gym.checks import seed as check_seed
+from dllm_gym.deciders.player import PolicyDecider
+from dllm_gym.deciders.policy import Policy
+from dllm_gym.deciders.rules import Rule
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+from dllm_gym.models import DLLM, load_dllm
+from dllm_gym.models.load import check_device
+from dllm_gym.process.rewards import AlphaRange
+from dllm_gym.process.unmasking import MOST_LANES
+from dllm_gym.tasks import ProceduralTask
+
+log = logging.getLogger(__name__)
+
+MOST_THREADS = 1024  # beyond this starting them fails
+SAMPLE = 200  # examples whose answers are measured
+COUNTS, FLAGS = ("top_k", "kl"), ("hidden", "entropy", "margin")  # the environment's observation settings
+
+
+def prepare(cfg: DictConfig) -> torch.device:
+    """Sets torch's threads; returns the device."""
+    if cfg.threads is not None:
+        torch.set_num_threads(whole("threads", cfg.threads, most=MOST_THREADS))
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    return check_device(wanted)
+
+
+def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
+    """The vector environment of a configuration; ``settings`` are num_envs, split and what the deciders need."""
+    task = hydra.utils.instantiate(cfg.task, _convert_="all")
+    dllm = make_dllm(cfg, device)
+    chosen = {**cfg.env, **cfg.reward}
+    for name, value in settings.items():  # of what the user and the deciders ask for the larger counts
+        chosen[name] = max(chosen.get(name) or 0, value) if name in (*COUNTS, *FLAGS) else value
+    envs = gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **chosen)
+    refuse_short_answers(envs)
+    return envs
+
+
+def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
+    """The frozen dLLM of a configuration: ``cfg.model`` are the arguments of ``load_dllm``."""
+    return load_dllm(**OmegaConf.to_container(cfg.model, resolve=True), device=device)
+
+
+def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
+    """The policy network of a configuration; ``hidden_size: null`` is the dLLM's own width."""
+    if "hidden_size" in cfg.policy and cfg.policy.hidden_size is None:
+        cfg.policy.hidden_size = make_dllm(cfg, device).hidden_size
+    return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
+
+
+def requirements(deciders: Iterable[Any]) -> dict[str, int]:
+    """The least settings of an environment that all of these deciders can read: the largest of each."""
+    needs: dict[str, int] = {}
+    for decider in deciders:
+        for name, least in getattr(decider, "requires", {}).items():
+            needs[name] = max(needs.get(name, 0), int(least))
+    return needs
+
+
+def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
+    """The environment of the evaluation, in which every decider has been tried once: what does not fit fails now."""
+    settings = cfg.evaluation
+    needs = requirements(deciders.values())
+    envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
+    total = len(envs.core.examples)
+    if settings.examples is None:
+        settings.examples = total
+    if not 1 <= settings.examples <= total:
+        raise ValueError(f"evaluation.examples={settings.examples}: split {settings.split!r} has {total} examples")
+    for decider in deciders.values():
+        evaluate(envs, decider, [0])
+    return envs
+
+
+def heuristics(cfg: DictConfig) -> dict[str, Decider]:
+    """The configured rules by name; a rule that is listed twice would hide a row of the table."""
+    rules = hydra.utils.instantiate(cfg.heuristics, _convert_="all")
+    named = {str(rule): rule for rule in rules}
+    if len(named) < len(rules):
+        raise ValueError(f"heuristics: of {[str(rule) for rule in rules]} some are the same")
+    return named
+
+
+def refuse_a_range_that_nothing_reads(cfg: DictConfig, deciders: Iterable[Decider]) -> None:
+    """ValueError for several alphas where no decider reads the preference that tells them apart."""
+    if any(reads_preference(decider) for decider in deciders):
+        return
+    if AlphaRange.of(cfg.reward.alpha) is not None:
+        raise ValueError(
+            f"reward.alpha={list(cfg.reward.alpha)}: no decider here reads which alpha of a range an episode has, give "
+            "a number (a policy reads it with policy.preference=true)"
+        )
+    if cfg.get("evaluation") is not None and cfg.evaluation.get("alphas") is not None:
+        raise ValueError(
+            f"evaluation.alphas={cfg.evaluation.alphas} is read by nothing: it is for a policy that reads a preference "
+            "(policy.preference=true and reward.alpha=[low,high])"
+        )
+
+
+def reads_preference(decider: Decider) -> bool:
+    """False for rules and policies that are known not to read it."""
+    if isinstance(decider, PolicyDecider):
+        return "preference" in decider.policy.in_keys
+    return not isinstance(decider, Rule)
+
+
+def refuse_chosen(names: Iterable[str], why: str) -> None:
+    """ValueError if the command line chooses one of these settings (or a part of one), which nothing would read."""
+    for chosen in sorted(chosen_names()):
+        if any(chosen == name or chosen.startswith(f"{name}.") for name in names):
+            raise ValueError(f"{chosen} is read by nothing here: {why}")
+
+
+def refuse_short_answers(envs: DLLMUnmaskVectorEnv) -> None:
+    """ValueError if not one known answer of a procedural task fits into the completion; a warning if some do not."""
+    core, task = envs.core, envs.core.task
+    if not isinstance(task, ProceduralTask):
+        return
+    needed = [len(core.dllm.encode(task.solution(example))) for example in core.examples[:SAMPLE]]
+    long = sum(tokens > core.L for tokens in needed)
+    if long == len(needed):
+        raise ValueError(
+            f"gen_length={core.L}: no completion of that length holds an answer of task {task.name!r} (at least "
+            f"{min(needed)} tokens)"
+        )
+    if long:
+        log.warning("gen_length=%d is too short for %d of %d answers of task %r", core.L, long, len(needed), task.name)
+
+
+def policy_deciders(policy: Policy, cfg: DictConfig) -> dict[str, Decider]:
+    """The policy as ``cfg`` evaluates it: greedy and sampled, and if it reads a preference with several alphas."""
+    settings = hydra.utils.instantiate(cfg.distribution)
+    temperature = settings.evaluate_temperature
+    knobs = {f", alpha={a:.3g}": a for a in alphas(cfg)} if "preference" in policy.in_keys else {"": None}
+    return {
+        f"policy({how}{label})": PolicyDecider(policy, settings.evaluate, temperature, how == "greedy", alpha)
+        for how in ("greedy", "sampled")
+        for label, alpha in knobs.items()
+    }
+
+
+def alphas(cfg: DictConfig) -> list[float]:
+    """The alphas that a policy with a preference is evaluated with: those chosen, or seven over the reward's range.
+
+    Raises:
+        ValueError: the reward has no range, or one of those chosen lies outside of it.
+    """
+    span = AlphaRange.of(cfg.reward.alpha)
+    if span is None:
+        raise ValueError(f"reward.alpha={cfg.reward.alpha}: this policy reads a preference, give a range [low, high]")
+    chosen = cfg.evaluation.get("alphas")
+    if chosen is None:
+        return [span.alpha(i / 6) for i in range(7)]
+    return [number("evaluation.alphas", a, span.low, span.high) for a in distinct("evaluation.alphas", chosen)]
+
+
+def policy_rewards(rows: Iterable[Row]) -> dict[str, float]:
+    """Mean reward of the policy's rows, greedy and sampled: over alphas, if there are several."""
+    found: dict[str, list[float]] = {}
+    for row in (row for row in rows if row["family"] == "policy"):
+        found.setdefault(row["name"].strip(")").partition("(")[2].partition(",")[0], []).append(row["reward"])
+    return {how: sum(rewards) / len(rewards) for how, rewards in found.items()}
+
+
+def chosen_names() -> set[str]:
+    """What the command line sets, such as ``env.block_length`` and ``task``."""
+    return {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+
+
+def take_over(cfg: DictConfig, trained: DictConfig) -> None:
+    """Let ``cfg`` use the model, task, env and reward that a policy was trained with, but for what the user chose."""
+    chosen = chosen_names()
+    for group in ("model", "task", "env", "reward"):
+        if group in chosen:
+            continue
+        own, cfg[group] = cfg[group], trained[group]
+        for name in (n.removeprefix(f"{group}.") for n in chosen if n.startswith(f"{group}.")):
+            OmegaConf.update(cfg[group], name, OmegaConf.select(own, name), force_add=True)
+    check_groups(cfg)
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    """ValueError for an evaluation that could not be done, before any work."""
+    settings = cfg.evaluation
+    whole("evaluation.num_envs", settings.num_envs, most=MOST_LANES)
+    if settings.examples is not None:
+        whole("evaluation.examples", settings.examples)
+    for seed in distinct("evaluation.seeds", settings.seeds):
+        check_seed("evaluation.seeds", seed)
+    if settings.alphas is not None:
+        for alpha in distinct("evaluation.alphas", settings.alphas):
+            number("evaluation.alphas", alpha, above=0)
+
+
+def report(
+    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], run: RunFolder, console: Any
+) -> list[Row]:
+    """Evaluate, print the table, write results.{json,csv,png} into the run folder."""
+    settings = cfg.evaluation
+    rows = evaluate_rows(envs, deciders, range(settings.examples), settings.seeds)
+    run.begin()  # an evaluation that was broken off leaves nothing
+    core = envs.core
+    title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
+    save_report(rows, run.path, title)  # before anything is printed: a reader may go away
+    console.print(table(rows, title))
+    for sentence in comparison(rows):
+        console.print(sentence)
+    console.print(f"written: {run.path}/results.json, results.csv, results.png", soft_wrap=True)
+    return rows

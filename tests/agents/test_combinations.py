@@ -1,0 +1,113 @@
+"""Every agent with every policy and every distribution, from the configs: it runs two updates, or an error says why."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import zlib
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from agents.training import Collector, Prompts
+from dllm_gym.tasks import Sudoku
+
+ROOT = Path(__file__).parents[2]
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml"))
+
+
+ONE_BY_ONE = ("dpls", "one_position")  # ordered or single picks: a set of several is no action of theirs
+REASONS = {
+    **{("upo", d): "use distribution=one_position" for d in choices("distribution") if d != "one_position"},
+    **{(a, d): "never takes the actions of the expert" for a in ("grpo_es", "imitation") for d in ONE_BY_ONE},
+}
+
+
+class Checksum(Sudoku):
+    """Grades any text by its checksum, so that all episodes differ."""
+
+    def grade(self, example, completion):
+        return zlib.crc32(completion.encode()) % 1000 / 1000
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import factory
+    import train
+
+    yield factory, train
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def envs():
+    """Sees all that any policy reads; three steps are enough to learn from."""
+    return gym.make_vec(
+        "DLLMUnmask-v0", num_envs=9, task=Checksum(min_givens=2), top_k=8, hidden=True, max_episode_steps=3
+    )
+
+
+def two_updates(scripts, envs, *overrides):
+    """Metrics of two rounds of a composed configuration, and the policy."""
+    shared, train = scripts
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose("train", list(overrides))
+    torch.manual_seed(0)
+    policy = shared.make_policy(cfg, torch.device("cpu"))
+    before = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    learner = train.make_learner(cfg, policy)
+    collector = Collector(envs, Prompts(50, 0), 0, 3, 3)
+    for _ in range(2):
+        episodes = collector.collect(learner.algorithm, learner.player)
+        metrics = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
+    return metrics, before, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+POLICIES = [name for name in choices("policy") if name != "dit_confidence"]  # the same network as the small one
+
+
+@pytest.mark.parametrize(
+    ("agent", "policy", "distribution"),
+    list(itertools.product(choices("agent"), POLICIES, choices("distribution"))),
+)
+def test_two_updates_or_a_reason(scripts, envs, agent, policy, distribution):
+    overrides = (f"agent={agent}", f"policy={policy}", f"distribution={distribution}")
+    if (agent, distribution) in REASONS:
+        with pytest.raises(ValueError, match=REASONS[agent, distribution]):
+            two_updates(scripts, envs, *overrides)
+        return
+    metrics, before, after = two_updates(scripts, envs, *overrides)
+    assert metrics["gradient_steps"] >= 1
+    assert after.isfinite().all() and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("agent=upo", "reference=max_confidence"),
+        ("agent=upo", "reference=top_k"),
+        ("agent=imitation", "expert=max_confidence", "distribution=one_position"),
+        ("agent=imitation", "expert=max_confidence", "distribution=dpls"),
+        ("agent=imitation", "expert=blockwise_threshold"),
+        ("agent=grpo_es", "expert=threshold"),
+        ("agent=grpo", "agent.algorithm.kl_scale=0.1", "agent.algorithm.clip_epsilon=[0.2,0.28]"),
+    ],
+    ids=" ".join,
+)
+def test_the_other_choices_of_an_agent(scripts, envs, overrides):
+    metrics, before, after = two_updates(scripts, envs, *overrides)
+    assert metrics["gradient_steps"] >= 1 and not torch.equal(before, after)
+
+
+def test_the_top_k_reference_narrows_the_policy(scripts):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose("train", ["agent=upo", "reference=top_k", "policy=mlp"])
+        assert cfg.policy.candidates == cfg.reference.k == 5
+        assert compose("train", ["agent=upo"]).policy.candidates is None

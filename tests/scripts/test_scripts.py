@@ -1,0 +1,317 @@
+"""The commands, as a user calls them."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from omegaconf import open_dict
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "experiment=smoke",
+    "rounds=2",
+    "prompts_per_round=2",
+    "agent.group_size=4",
+    "evaluation.examples=8",
+    "heuristics=none",
+    "reward.alpha=2.5",
+    "threads=1",
+]
+
+
+def run(script: str, *overrides: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / script), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=check, cwd=ROOT)
+
+
+def compose_config(name: str, *overrides: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose(name, list(overrides), return_hydra_config=True)
+
+
+def call(script: str, folder: Path, *overrides: str):
+    """The script's main in this process, as Hydra would call it: spares the seconds of another interpreter."""
+    cfg = compose_config(script, *overrides)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(folder)
+        HydraConfig.instance().set_config(cfg)
+        del cfg.hydra
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module(script).main(cfg)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+        HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "train"
+    run("train.py", "agent=grpo", *SMALL, f"hydra.run.dir={folder}", "checkpoint_every=1")
+    return folder
+
+
+def test_training_leaves_everything_a_user_needs(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "metrics.csv", "checkpoints", "results.json", "results.csv", "results.png"} <= names
+    with (trained / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["0", "1"]
+    results = json.loads((trained / "results.json").read_text())
+    assert [row["name"] for row in results] == ["policy(greedy)", "policy(sampled)"]
+    assert all(row["examples"] == 8 and 1 <= row["nfe"] <= 20 for row in results)
+
+
+def test_a_checkpoint_evaluates_like_the_run_that_made_it(trained, tmp_path):
+    settings = [
+        "evaluation.examples=8",
+        "evaluation.seeds=[42]",
+        "evaluation.num_envs=3",
+        "heuristics=none",
+        "threads=1",
+    ]
+    call("evaluate", tmp_path, f"checkpoint={trained}", *settings)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads((trained / "results.json").read_text())
+
+
+def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path, monkeypatch):
+    settings = ["evaluation.examples=4", "evaluation.seeds=[42]", "heuristics=none", "temperature=0.5"]
+    call("evaluate", tmp_path / "a", f"checkpoint={trained}", *settings, "task=arithmetic", "env.block_length=12")
+    used = (tmp_path / "a" / "config.yaml").read_text()
+    assert "arithmetic.Arithmetic" in used and "block_length: 12" in used
+    assert "alpha: 2.5" in used  # not named above: the run's own
+    call("evaluate", tmp_path / "b", f"checkpoint={trained}", *settings[:3], "env.temperature=0.5", "reward.alpha=3")
+    used = (tmp_path / "b" / "config.yaml").read_text()
+    assert "temperature: 0.5" in used and "alpha: 3" in used and "max_givens: 8" in used  # the rest of the group stays
+
+
+def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
+    half = tmp_path / "half"
+    call("train", half, *SMALL, "rounds=1")
+    as_an_earlier_version_left_it(half)
+    saved = yaml.safe_load((half / "config.yaml").read_text())
+    for group, setting in (("evaluation", "alphas"), ("env", "cache"), ("policy", "preference")):
+        del saved[group][setting]  # as a run saved it before these settings were there
+    (half / "config.yaml").write_text(yaml.safe_dump(saved))
+    call("train", half, f"resume={half}", "rounds=2", "env=full_diffusion")  # with the run's own settings
+    assert weights(half / "checkpoints" / "2") == weights(trained / "checkpoints" / "2")
+    assert without_seconds(half / "metrics.csv") == without_seconds(trained / "metrics.csv")
+    with pytest.raises(ValueError, match="reward differs from the run's own"):
+        call("train", half, f"resume={half}", "reward.alpha=1")
+    call("train", tmp_path / "copy", *SMALL, f"resume={half}", "rounds=2")  # nothing left to do, but all is there
+    assert without_seconds(tmp_path / "copy" / "metrics.csv") == without_seconds(trained / "metrics.csv")
+    (half / "checkpoints" / "2" / "trainer.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="resume="):
+        call("train", tmp_path / "other", *SMALL, f"resume={half}")
+
+
+def as_an_earlier_version_left_it(run: Path) -> None:
+    """One checkpoint, no manifest."""
+    last = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    last.rename(run / "checkpoint")
+    shutil.rmtree(run / "checkpoints")
+    for path in (run / "manifest.json", *((run / "checkpoint" / n) for n in ("manifest.json", "config.yaml"))):
+        path.unlink()
+    (run / "checkpoint" / "metrics.csv").unlink()
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "policy" / "model.safetensors").read_bytes()
+
+
+def without_seconds(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def listen_to_interrupts() -> None:
+    """For a child process: background jobs of a shell ignore SIGINT, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_interrupt_leaves_a_usable_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SMALL, "rounds=1000", f"hydra.run.dir={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=listen_to_interrupts, **pipes)
+    try:
+        deadline = time.monotonic() + 240  # a guard against hanging, far beyond what it takes
+        while not (folder / "metrics.csv").exists() or len((folder / "metrics.csv").read_text().splitlines()) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, "training did not get going"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "interrupted" in out and "Traceback" not in err
+    assert not (folder / "results.json").exists()
+    assert list(folder.glob("checkpoints/*/trainer.pt"))
+    call("watch", tmp_path / "watch", f"checkpoint={folder}", "fps=1000")
+
+
+def test_watch_replays_one_decoding(tmp_path):
+    picture = tmp_path / "replay.gif"
+    done = run("watch.py", "example=3", "fps=1000", f"gif={picture}", f"hydra.run.dir={tmp_path}")
+    assert "threshold(0.9) on example 3 of test" in done.stdout and "score" in done.stdout
+    assert picture.read_bytes().startswith(b"GIF89a")
+
+
+def test_plot_draws_results_again(trained, tmp_path):
+    run("plot.py", f"results={trained / 'results.json'}", f"picture={tmp_path / 'again.png'}")
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_counts_what_it_says(tmp_path):
+    embedded = ["prompts=2", "group_size=2", "num_envs=4", "growth_rows=2", "caches=[dual]"]
+    llada = ["task.count=2", "group_size=2", "num_envs=2", "growth_rows=2", "lockstep_batches=null"]
+    llada += ["env.gen_length=8", "block_lengths=[4]", "model.embedding_size=60000", "model.d_model=16"]
+    llada += ["model.n_layers=1", "model.n_heads=2", "model.mlp_hidden_size=16"]
+    overrides = [f"workloads.embedded.{s}" for s in embedded]
+    overrides += [f"workloads.llada_48m.{s}" for s in llada]
+    rounds = ["prompts_per_round=2", "agent.group_size=4", "repeats=1", "threads=1"]
+    call("benchmark", tmp_path, "measure=[embedded,llada_48m]", *overrides, *rounds)
+    measured = json.loads((tmp_path / "benchmark.json").read_text())
+    for workload in measured.values():
+        for case in workload["cases"].values():
+            ours, plain = case["did"]["ours"], case["did"]["lockstep"]
+            assert ours["same tokens"] == ours["same NFE"] == 1
+            assert ours["row forwards"] < ours["NFE"] * 4 <= plain["row forwards"] + 1e-3
+            for ratio, values in case["ratios"].items():
+                over, under = ratio.split(" / ")
+                assert values == [a / b for a, b in zip(case["seconds"][over], case["seconds"][under], strict=True)]
+    assert "dual" in measured["embedded"]["cases"]["BL = 20, threshold"]["did"]
+    assert len(measured["embedded"]["training seconds"]) == 1 and "training seconds" not in measured["llada_48m"]
+    step = measured["llada_48m"]
+    assert step["peak bytes"]["full softmax"] > 5 * step["peak bytes"]["ours"]
+    assert step["growth"]["rows"]["peak memory"] == pytest.approx(1, abs=0.1)
+    assert step["growth"]["vocabulary"]["peak memory"] == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["agent=gpro"], "agent/gpro"),
+        (["distribution=poisson"], "distribution/poisson"),
+        (["model.model=nothing"], "model='nothing'"),
+        (["env.block_length=7"], "block_length=7 does not divide gen_length=20"),
+        (["reward.alpha=-1"], "alpha=-1"),
+        (["evaluation.examples=100000"], "evaluation.examples=100000"),
+        (["resume=nowhere"], "resume='nowhere'"),
+        (["checkpoint_every=0"], "checkpoint_every=0"),
+        (["agent.group_size=1"], "agent.group_size must be at least 2"),
+        (["device=warp"], "device='warp'"),
+        (["agent.max_batches=0"], "agent.max_batches=0"),
+        (["agent.warm_start=nowhere"], "agent.warm_start='nowhere'"),
+        (["evaluation.seeds=[]"], "evaluation.seeds=[]"),
+        (["evaluation.examples=2.5"], "evaluation.examples=2.5"),
+        (["seed=-1"], "seed=-1"),
+        (["agent.algorithm.epochs=1.5"], "epochs=1.5"),
+        (["agent.algorithm.clip_epsilon=[0.1]"], "clip_epsilon=[0.1]"),
+        (["agent.algorithm.normalize=no"], "normalize='no'"),
+        (["distribution.temperature=0"], "temperature=0"),
+        (["agent=ppo", "agent.max_batches=2"], "agent.max_batches=2"),
+        (["agent=upo", "agent.group_size=1"], "agent.group_size must be at least 2"),
+        (["agent=upo", "distribution=dpls"], "distribution=one_position"),
+        (["agent=upo", "reference=top_k", "policy.candidates=3"], "policy.candidates=5"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):
+    with pytest.raises((ValueError, MissingConfigException), match=re.escape(message)):
+        call("train", tmp_path, *overrides)
+    assert not any((tmp_path / name).exists() for name in ("results.json", "checkpoints", "config.yaml"))
+
+
+def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
+    done = run("train.py", "env.block_length=7", f"hydra.run.dir={tmp_path / 'run'}", check=False)
+    assert done.returncode == 2 and "block_length=7 does not divide gen_length=20" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint='nowhere'"):
+        call("evaluate", tmp_path, "checkpoint=nowhere")
+
+
+def test_every_root_config_composes():
+    names = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+    assert {"train", "evaluate", "watch", "plot", "compare", "benchmark", "pretrain_tiny"} <= set(names)
+    for name in names:
+        compose_config(name)
+
+
+@pytest.mark.parametrize("group", [p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "experiment"])
+def test_every_choice_of_every_group_composes_and_instantiates(group, tmp_path):
+    agents = {"expert": ["agent=imitation"], "reference": ["agent=upo"]}  # who has these groups
+    for choice in sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")):
+        cfg = compose_config("train", *agents.get(group, []), f"{group}={choice}")
+        if group in ("task", "distribution", "heuristics", "agent", "expert", "reference"):
+            hydra.utils.instantiate(cfg[group])
+        assert cfg[group] is not None or group == "logger"
+
+
+def test_sweeps_over_agents_make_one_table(tmp_path):
+    settings = [setting for setting in SMALL if not setting.startswith("reward")]
+    sweep = ["-m", *settings, "agent=grpo,upo", "reward.alpha=0.3", "seed=0,1", "rounds=1"]
+    run("train.py", *sweep, f"hydra.sweep.dir={tmp_path}")
+    assert len(list(tmp_path.rglob("results.json"))) == 4
+    table = tmp_path / "table.csv"
+    run("compare.py", f"runs={tmp_path}", f"table={table}", "evaluated=sampled")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["agent"] for row in rows} == {"grpo", "upo"}
+    assert "reward.alpha" not in rows[0]  # the same everywhere
+    for row in rows:
+        runs = [path.parent for path in tmp_path.rglob("results.json") if row["agent"] in overrides_of(path.parent)]
+        values = [policy_row(folder, "policy(sampled)")["accuracy"] for folder in runs]
+        assert row["seeds"] == "2" and float(row["mean_episodes"]) == 8 and float(row["mean_minutes"]) > 0
+        assert float(row["mean_accuracy"]) == pytest.approx(sum(values) / 2)
+    call("compare", tmp_path / "compare", f"runs=[{tmp_path}]", f"table={tmp_path / 'table.md'}")
+    assert (tmp_path / "table.md").read_text().startswith("| agent | seeds | accuracy |")
+    with pytest.raises(ValueError, match="no finished run"):
+        call("compare", tmp_path / "compare", f"runs={tmp_path / 'nothing'}")
+
+
+def overrides_of(folder: Path) -> str:
+    return (folder / ".hydra" / "overrides.yaml").read_text()
+
+
+def policy_row(folder: Path, name: str) -> dict:
+    return next(row for row in json.loads((folder / "results.json").read_text()) if row["name"] == name)
+
+
+def test_a_warm_start_begins_with_the_policy_of_another_run(trained, tmp_path):
+    call("train", tmp_path / "warm", *SMALL, f"agent.warm_start={trained}", "agent.algorithm.optimizer.lr=0")
+    assert weights(tmp_path / "warm" / "checkpoints" / "2") == weights(trained / "checkpoints" / "2")
+    with pytest.raises(ValueError, match="agent.warm_start"):
+        call("train", tmp_path / "other", *SMALL, f"agent.warm_start={trained}", "policy=mlp")
+
+
+def test_hidden_states_reach_a_policy_that_reads_them(tmp_path):
+    call("train", tmp_path, *SMALL, "policy=dit_hidden", "agent=ppo", "rounds=1")
+    call("evaluate", tmp_path / "again", f"checkpoint={tmp_path}", "evaluation.examples=4", "heuristics=none")
+    assert (tmp_path / "again" / "results.json").exists()
+
+
+def test_pretraining_writes_a_checkpoint_that_loads(tmp_path):
+    stages = "stages=[{steps:2,cooldown:0},{steps:1,cooldown:1}]"
+    small = [stages, "evaluate_every=2", "evaluate_examples=2", "threads=1"]
+    run("pretrain_tiny.py", *small, "architecture.n_layers=1", f"hydra.run.dir={tmp_path}")
+    from dllm_gym.models import load_dllm
+
+    assert load_dllm(tmp_path / "tiny").vocab_size == 20
+    assert (tmp_path / "learning_curve.csv").read_text().startswith("step,loss/sudoku")
