@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,8 +124,9 @@ class Policy(
                 f"{channels} channels: build the environment with hidden=True and a model of that width"
             )
 
-    trunk: Callable[..., Tensor]
-    """Features [B, L, width] from the entries ``reads``, each with one leading dimension."""
+    def trunk(self, *rows: Any, **_: Any) -> Tensor:
+        """Features [B, L, width] from the entries ``reads``, each with one leading dimension."""
+        raise NotImplementedError
 
     def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
         """What the head's logits are added to, [.., L] or the same everywhere: a rule that training departs from."""
