@@ -154,6 +154,16 @@ def pixels(frame: Frame, columns: int | None = None) -> NDArray[np.uint8]:
     return np.array(image)
 
 
+WRITERS = {"ansi": ansi, "rgb_array": pixels}  # render mode -> frame in that mode
+
+
+def check_mode(render_mode: str | None, modes: Sequence[str]) -> str | None:
+    """``render_mode`` if it is one of these, or None."""
+    if render_mode is not None and render_mode not in modes:
+        raise ValueError(f"render_mode={render_mode!r} is not supported: choose one of {', '.join(modes)}")
+    return render_mode
+
+
 class Viewer:
     """Shows frames to a person: in a matplotlib window where one can be opened, otherwise in the terminal.
 

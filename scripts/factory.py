@@ -25,6 +25,7 @@ from dllm_gym.deciders.rules import Rule
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.load import check_device
+from dllm_gym.process.entries import COUNTS, FLAGS
 from dllm_gym.process.rewards import AlphaRange
 from dllm_gym.process.unmasking import MOST_LANES
 from dllm_gym.tasks import ProceduralTask
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 MOST_THREADS = 1024  # beyond this starting them fails
 SAMPLE = 200  # examples whose answers are measured
-COUNTS, FLAGS = ("top_k", "kl"), ("hidden", "entropy", "margin")  # the environment's observation settings
 
 
 def prepare(cfg: DictConfig) -> torch.device:

@@ -17,6 +17,14 @@ def draw(rng: np.random.Generator, count: int) -> tuple[int, int]:
     return int(rng.integers(count)), int(rng.integers(1 << 63))
 
 
+def check_options(options: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
+    """The options of a reset that are not None; ValueError for a key that means nothing."""
+    for key in options or {}:
+        if key not in known:
+            raise ValueError(f"options[{key!r}] is not known: choose from {', '.join(known)}")
+    return {key: value for key, value in (options or {}).items() if value is not None}
+
+
 def check_example(index: Any, count: int, least: int = 0) -> int:
     """``index`` if it names one of ``count`` examples (with ``least=EMPTY``, or none)."""
     if isinstance(index, bool) or not isinstance(index, int | np.integer) or not least <= index < count:

@@ -9,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from dllm_gym.envs.vector import DLLMUnmaskVectorEnv, check_options
+from dllm_gym.envs.dealer import check_options
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.process.config import EnvConfig
 
 try:

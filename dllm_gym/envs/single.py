@@ -9,8 +9,8 @@ import numpy as np
 from gymnasium.spaces import MultiBinary
 
 from dllm_gym import render
-from dllm_gym.envs.dealer import check_alphas, check_example, draw
-from dllm_gym.envs.vector import FRAME_WRITERS, check_action, check_options, check_render_mode, observation_space
+from dllm_gym.envs.dealer import check_alphas, check_example, check_options, draw
+from dllm_gym.envs.spaces import check_action, observation_space
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.unmasking import Unmasking
 
@@ -98,10 +98,10 @@ class DLLMUnmaskEnv(gym.Env):
     v0: first version.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [*FRAME_WRITERS, "human"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": [*render.WRITERS, "human"], "render_fps": 4}
 
     def __init__(self, render_mode: str | None = None, **settings: Any):
-        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
+        self.render_mode = render.check_mode(render_mode, self.metadata["render_modes"])
         self.core = Unmasking(1, EnvConfig.of(settings))
         self.observation_space = observation_space(self.core)
         self.action_space = MultiBinary(self.core.L)
@@ -177,7 +177,7 @@ class DLLMUnmaskEnv(gym.Env):
         """
         if self._over is None:
             raise gym.error.ResetNeeded("render() was called before reset()")
-        return FRAME_WRITERS[self.render_mode](self.core.frame(0)) if self.render_mode in FRAME_WRITERS else None
+        return render.WRITERS[self.render_mode](self.core.frame(0)) if self.render_mode in render.WRITERS else None
 
     def _watch(self) -> None:
         if self._viewer:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, MultiBinary, Space
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from dllm_gym.envs.dealer import Dealer
-from dllm_gym.envs.vector import check_action, observation_space
+from dllm_gym.envs.spaces import check_action
 from dllm_gym.models.batches import upload
 from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.entries import BITS, Entry
 from dllm_gym.process.unmasking import Outcome, Unmasking
 
 
@@ -44,7 +45,7 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         self.core = Unmasking(num_envs, EnvConfig.of(settings))
         super().__init__(device=self.core.dllm.device, batch_size=torch.Size([num_envs]))
         N, L = num_envs, self.core.L
-        entries = {name: self._spec(space) for name, space in observation_space(self.core).items()}
+        entries = {entry.name: self._spec(entry) for entry in self.core.entries}
         entries["score"] = Bounded(0, 1, shape=(N, 1), dtype=torch.float32, device=self.device)
         entries["nfe"] = Unbounded(shape=(N, 1), dtype=torch.int64, device=self.device)
         self.observation_spec = Composite(entries, shape=(N,), device=self.device)
@@ -59,16 +60,14 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
 
-    def _spec(self, space: Space) -> TensorSpec:
-        """The spec of an entry whose value in one lane lies in ``space``; on the device, as every part of a spec."""
-        shape = (self.core.B, *(space.shape or ()))
-        if isinstance(space, MultiBinary):
-            return Binary(shape[-1], shape=shape, dtype=torch.int8, device=self.device)
-        assert isinstance(space, Box)
-        if not space.is_bounded():
+    def _spec(self, entry: Entry) -> TensorSpec:
+        """The spec of an entry in all lanes; on the device, as every part of a spec."""
+        shape, most = (self.core.B, *entry.size(self.core)), entry.most(self.core)
+        if entry.dtype is BITS:
+            return Binary(shape[-1], shape=shape, dtype=BITS, device=self.device)
+        if math.isinf(most):
             return Unbounded(shape=shape, dtype=torch.float32, device=self.device)
-        low, high = float(space.low.min()), float(space.high.max())  # one bound for all positions
-        return Bounded(low, high, shape=shape, dtype=torch.float32, device=self.device)
+        return Bounded(entry.low, most, shape=shape, dtype=torch.float32, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         self.dealer.seed(seed)

@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.spaces import MultiBinary
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dllm_gym import render
 from dllm_gym.checks import choice, whole
-from dllm_gym.envs.dealer import Dealer
+from dllm_gym.envs.dealer import Dealer, check_options
+from dllm_gym.envs.spaces import check_action, observation_space
 from dllm_gym.models.batches import upload
 from dllm_gym.process.config import EnvConfig
-from dllm_gym.process.predictions import KL_MOST
 from dllm_gym.process.unmasking import Outcome, Unmasking
 
 ARRAYS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "torch": dict,
     "numpy": lambda observation: {name: value.cpu().numpy() for name, value in observation.items()},
 }
-FRAME_WRITERS = {"ansi": render.ansi, "rgb_array": render.pixels}
-
-
-def observation_space(core: Unmasking) -> Dict:
-    """The space of one lane's observation."""
-    L, K, V = core.L, core.sampling.top_k, core.dllm.vocab_size
-    spaces: dict[str, gym.Space] = {
-        "confidence": Box(0.0, 1.0, (L, K), np.float32),
-        "mask": MultiBinary(L),
-        "action_mask": MultiBinary(L),
-        "time": Box(0.0, core.max_steps / L, (1,), np.float32),
-    }
-    if core.sampling.entropy:  # its maximum is below log V: the mask token is excluded
-        spaces["entropy"] = Box(0.0, math.log(V), (L,), np.float32)
-    if core.sampling.margin:
-        spaces["margin"] = Box(0.0, 1.0, (L,), np.float32)
-    if core.predictions.drift is not None:
-        spaces["kl"] = Box(0.0, KL_MOST, core.predictions.drift.kl.shape[1:], np.float32)
-    if core.alphas is not None:
-        spaces["preference"] = Box(0.0, 1.0, (1,), np.float32)
-    if core.sampling.hidden:
-        spaces["hidden"] = Box(-np.inf, np.inf, (L, core.dllm.hidden_size), np.float32)
-    return Dict(spaces)
-
-
-def check_options(options: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
-    """The options of a reset that are not None; ValueError for a key that means nothing."""
-    for key in options or {}:
-        if key not in known:
-            raise ValueError(f"options[{key!r}] is not known: choose from {', '.join(known)}")
-    return {key: value for key, value in (options or {}).items() if value is not None}
-
-
-def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> str | None:
-    if render_mode is not None and render_mode not in modes:
-        raise ValueError(f"render_mode={render_mode!r} is not supported: choose one of {', '.join(modes)}")
-    return render_mode
 
 
 class DLLMUnmaskVectorEnv(VectorEnv):
@@ -114,7 +76,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         ValueError: a setting is wrong.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [*FRAME_WRITERS], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": [*render.WRITERS], "render_fps": 4}
 
     def __init__(
         self,
@@ -131,7 +93,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             choices = ", ".join(mode.value for mode in AutoresetMode)
             raise ValueError(f"autoreset_mode={autoreset_mode!r} is not known: choose one of {choices}") from None
         self.num_envs = whole("num_envs", num_envs)
-        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
+        self.render_mode = render.check_mode(render_mode, self.metadata["render_modes"])
         self.core = Unmasking(self.num_envs, EnvConfig.of(settings))
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = observation_space(self.core)
@@ -258,26 +220,8 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         """One frame per lane: texts (ansi) or uint8 arrays [H, W, 3] (rgb_array)."""
         if self.render_mode is None:
             return None
-        draw = FRAME_WRITERS[self.render_mode]
+        draw = render.WRITERS[self.render_mode]
         return tuple(draw(self.core.frame(lane)) for lane in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Nothing to release: weights are shared within the process."""
-
-
-def check_action(action: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """``action`` as a tensor on ``device``.
-
-    Raises:
-        ValueError: it has another shape, or it is not made of integers or bools (floats pass if they are 0 or 1, as
-            Stable-Baselines3 sends them).
-    """
-    try:
-        action = torch.as_tensor(action)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"action={action!r}: need integers or bools of shape {shape} (1 = unmask)") from None
-    if tuple(action.shape) != shape:
-        raise ValueError(f"action of shape {tuple(action.shape)}: need {shape}")
-    if action.is_complex() or (action.is_floating_point() and not torch.isin(action, action.new_tensor([0, 1])).all()):
-        raise ValueError(f"action of dtype {action.dtype}: need integers or bools (1 = unmask)")
-    return action.to(device)

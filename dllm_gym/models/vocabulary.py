@@ -67,6 +67,11 @@ class Sampling:
     margin: bool = False
     log_prob: bool = False
 
+    @property
+    def measures(self) -> list[str]:
+        """Which numbers per position are asked for beside the confidences."""
+        return [name for name in ("entropy", "margin") if getattr(self, name)]
+
 
 @dataclass
 class Slices:

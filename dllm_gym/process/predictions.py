@@ -144,7 +144,7 @@ class Predictions:
 
     Attributes:
         proposal: int64 [B, L]. confidence: float32 [B, L, K].
-        measures: float32 [B, L] by name, of ``entropy`` and ``margin`` those that are asked for.
+        measures: float32 [B, L] by name, those of ``Sampling.measures``.
         hidden: float32 [B, L, d], or None. drift: or None.
         work: what was computed for it.
     """
@@ -159,8 +159,7 @@ class Predictions:
         device = dllm.device
         self.proposal = torch.zeros(lanes, length, dtype=torch.int64, device=device)
         self.confidence = torch.zeros(lanes, length, sampling.top_k, device=device)
-        names = [name for name in ("entropy", "margin") if getattr(sampling, name)]
-        self.measures = {name: torch.zeros(lanes, length, device=device) for name in names}
+        self.measures = {name: torch.zeros(lanes, length, device=device) for name in sampling.measures}
         self.hidden = torch.zeros(lanes, length, dllm.hidden_size, device=device) if sampling.hidden else None
         self.drift = Drift(lanes, length, dllm.vocab_size, history, device) if history else None
         self.work = Work()

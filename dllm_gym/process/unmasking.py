@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from dllm_gym.checks import flag, number, whole
-from dllm_gym.models import Sampling, load_dllm
+from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.models.batches import upload
 from dllm_gym.noise import fold, uniform
 from dllm_gym.process.config import EMPTY, EnvConfig
+from dllm_gym.process.entries import ENTRIES, FLAGS, Moment
 from dllm_gym.process.predictions import Predictions, Rows, Work
 from dllm_gym.process.rewards import AlphaRange, Reward, make_reward
 from dllm_gym.render import END, Frame
@@ -93,9 +94,6 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 MOST_LANES = 1 << 20  # a lane is a row of tensors: beyond this a typing error, not a batch
 ALPHA = 1 << 40  # the place in an episode's random stream from which its alpha is drawn; no step comes there
 
-# What a committed position reads in the optional observation entries.
-COMMITTED = {"entropy": 0.0, "margin": 1.0, "kl": 0.0}
-
 
 class Unmasking:
     """B lanes of the unmasking process on a frozen dLLM.
@@ -111,31 +109,30 @@ class Unmasking:
         tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
         steps: int64 [B], steps of the running episode (its NFE).
         examples: those of the split that are in use; ``dropped`` of them had too long a prompt.
+        entries: those of the observation that were asked for; sizes: L, K, H and d, which their shapes are made of.
     """
 
     def __init__(self, num_lanes: int, config: EnvConfig):
         self.B = whole("num_envs", num_lanes, most=MOST_LANES)
-        self.alphas = AlphaRange.of(config.alpha)
+        self.alphas: AlphaRange | None = AlphaRange.of(config.alpha)
         if self.alphas is not None and callable(config.reward):
             raise ValueError(f"alpha={config.alpha!r}: a reward of your own is called without an alpha, give a number")
         alpha: Any = config.alpha if self.alphas is None else self.alphas.low
         self.reward_name, self.reward = config.reward, make_reward(config.reward, alpha)
         self.task = make_task(config.task)
-        self.L = whole("gen_length", default(config.gen_length, self.task.gen_length))
+        self.L: int = whole("gen_length", default(config.gen_length, self.task.gen_length))
         self.block_length = whole("block_length", default(config.block_length, self.L))
         if self.L % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide gen_length={self.L}")
-        self.max_steps = whole("max_episode_steps", default(config.max_episode_steps, self.L))
+        self.max_steps: int = whole("max_episode_steps", default(config.max_episode_steps, self.L))
         number("temperature", config.temperature, least=0)
         self.sampling = Sampling(
             whole("top_k", config.top_k),
             float(config.temperature),
-            hidden=flag("hidden", config.hidden),
-            entropy=flag("entropy", config.entropy),
-            margin=flag("margin", config.margin),
+            **{name: flag(name, getattr(config, name)) for name in FLAGS},
             log_prob=whole("kl", config.kl, least=0) > 0,
         )
-        self.dllm = load_dllm(config.model, config.device, config.dtype)
+        self.dllm: DLLM = load_dllm(config.model, config.device, config.dtype)
         if self.sampling.top_k > self.dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
         self.examples = self._within(self.task.examples(config.split).to_list(), config.max_prompt_length)
@@ -170,17 +167,19 @@ class Unmasking:
         self.masked = np.zeros(B, np.int64)  # how many masks a lane has,
         self.open = np.zeros(B, np.int64)  # how many of them in its active block,
         self.first_mask = np.zeros(B, np.int64)  # and where the first one is
-        self.steps = torch.zeros(B, dtype=torch.int64, device=device)
+        self.steps: Tensor = torch.zeros(B, dtype=torch.int64, device=device)
         self.key = torch.zeros(B, dtype=torch.int64, device=device)
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
-        self.preference = torch.zeros(B, device=device)
+        self.preference: Tensor = torch.zeros(B, device=device)
         self.fresh = torch.zeros(B, L, dtype=torch.bool, device=device)  # committed by the last step
         self.block = torch.arange(L, device=device) // self.block_length
-        self.committed = torch.eye(1, self.sampling.top_k, device=device)[0]  # confidence at a committed position
         self.stop_ids = torch.tensor(sorted(self.dllm.stop_ids), device=device)
         self.predictions = Predictions(
             self.dllm, B, L, sampling=self.sampling, cache=self._make_cache(config.cache), history=config.kl
         )
+        self.sizes = {"L": L, "K": self.sampling.top_k, "H": config.kl, "d": self.dllm.hidden_size}
+        now = Moment(self, self.mask, self.mask)
+        self.entries = [entry for entry in ENTRIES if entry.value(now) is not None]
         self.completions: list[str | None] = [None] * B
         self.outcome: Outcome | None = None
         self._ended: Ended | None = None  # the step whose grades are not collected yet
@@ -228,29 +227,9 @@ class Unmasking:
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every lane, in fresh tensors (see the environment's docstring)."""
-        mask, said = self.mask, self.predictions
-        legal = self.legal(mask)
-        seen = mask if self.lookahead else legal
-
-        def entry(value: Tensor, committed: float | Tensor) -> Tensor:
-            shape = (...,) + (None,) * (value.ndim - 2)  # (B, L) or (B, L, K)
-            return torch.where(seen[shape], value, torch.where(mask[shape], 0.0, committed))
-
-        observation = {
-            "confidence": entry(said.confidence, self.committed),  # (B, L, K)
-            "mask": mask.to(torch.int8),  # (B, L)
-            "action_mask": legal.to(torch.int8),  # (B, L)
-            "time": (self.steps / self.L)[:, None],  # (B, 1)
-        }
-        for name, value in said.measures.items():
-            observation[name] = entry(value, COMMITTED[name])  # (B, L)
-        if said.drift is not None:
-            observation["kl"] = entry(said.drift.kl, COMMITTED["kl"])  # (B, L, H)
-        if self.alphas is not None:
-            observation["preference"] = self.preference[:, None].clone()  # (B, 1)
-        if said.hidden is not None:
-            observation["hidden"] = said.hidden.clone()  # (B, L, d)
-        return observation
+        mask = self.mask
+        now = Moment(self, mask, self.legal(mask))
+        return {entry.name: entry.show(now) for entry in self.entries}
 
     # ---- prompts in ----
 

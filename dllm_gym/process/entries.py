@@ -1,0 +1,126 @@
+"""The observation: one table of its entries, which the spaces, the specs and what is shown all follow.
+
+A new entry is a line here, the setting that asks for it in :class:`~dllm_gym.process.config.EnvConfig`, and the place
+where it is computed (:meth:`~dllm_gym.models.vocabulary.Vocabulary.read`, if the dLLM's distribution says it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.predictions import KL_MOST, Predictions
+
+if TYPE_CHECKING:
+    from dllm_gym.process.unmasking import Unmasking
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What entries are read from. ``mask``, ``legal``: bool [B, L], what is masked and what may be unmasked now."""
+
+    core: Unmasking
+    mask: Tensor
+    legal: Tensor
+
+    @property
+    def said(self) -> Predictions:
+        return self.core.predictions
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the observation.
+
+    Attributes:
+        name: its key.
+        shape: in one lane, as numbers and names of sizes (``Unmasking.sizes``).
+        value: of all lanes at a moment, [B, *shape]; None where the entry was not asked for.
+        high: the largest value, or what gives it; its opposite bound is ``low``.
+        committed: what a committed position reads (in its first channel, if it has several: the others read 0); None:
+            the value is shown as it is.
+        setting: of the environment: switches the entry on, or says how much of it is seen. None: always the same.
+        dtype: int8 for bits, else float32.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    value: Callable[[Moment], Tensor | None]
+    high: float | Callable[[Unmasking], float] = 1.0
+    low: float = 0.0
+    committed: float | None = None
+    setting: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    def size(self, core: Unmasking) -> tuple[int, ...]:
+        """The shape in numbers."""
+        return tuple(core.sizes[side] if isinstance(side, str) else side for side in self.shape)
+
+    def most(self, core: Unmasking) -> float:
+        return self.high(core) if callable(self.high) else self.high
+
+    def show(self, now: Moment) -> Tensor:
+        """The value as it is observed, in a fresh tensor."""
+        value = self.value(now)
+        assert value is not None, f"{self.name} was not asked for"
+        if self.committed is None:
+            return value.clone()
+        seen = now.mask if now.core.lookahead else now.legal
+        committed = _led_by(self.committed, value.shape[-1] if value.ndim > 2 else 1, value.device)
+        spread = (...,) + (None,) * (value.ndim - 2)  # (B, L) or (B, L, K)
+        return torch.where(seen[spread], value, torch.where(now.mask[spread], 0.0, committed))
+
+
+@cache
+def _led_by(value: float, channels: int, device: torch.device) -> Tensor:
+    """float32 [channels]: the value, then zeros."""
+    return value * torch.eye(1, channels, device=device)[0]
+
+
+BITS = torch.int8
+ENTRIES = (
+    Entry("confidence", ("L", "K"), lambda now: now.said.confidence, committed=1.0, setting="top_k"),
+    Entry("mask", ("L",), lambda now: now.mask.to(BITS), dtype=BITS),
+    Entry("action_mask", ("L",), lambda now: now.legal.to(BITS), dtype=BITS),
+    Entry("time", (1,), lambda now: (now.core.steps / now.core.L)[:, None], high=lambda core: core.max_steps / core.L),
+    # Its maximum is below log V: the mask is excluded.
+    Entry(
+        "entropy",
+        ("L",),
+        lambda now: now.said.measures.get("entropy"),
+        high=lambda core: math.log(core.dllm.vocab_size),
+        committed=0.0,
+        setting="entropy",
+    ),
+    Entry("margin", ("L",), lambda now: now.said.measures.get("margin"), committed=1.0, setting="margin"),
+    Entry(
+        "kl",
+        ("L", "H"),
+        lambda now: None if now.said.drift is None else now.said.drift.kl,
+        high=KL_MOST,
+        committed=0.0,
+        setting="kl",
+    ),
+    Entry(
+        "preference",
+        (1,),
+        lambda now: None if now.core.alphas is None else now.core.preference[:, None],
+        setting="alpha",
+    ),
+    Entry("hidden", ("L", "d"), lambda now: now.said.hidden, math.inf, -math.inf, setting="hidden"),
+)
+
+
+def _settings(kind: type) -> tuple[str, ...]:
+    """The settings of that type; a range of alphas is not asked for by whoever decides."""
+    return tuple(e.setting for e in ENTRIES if e.setting and type(getattr(EnvConfig, e.setting)) is kind)
+
+
+COUNTS, FLAGS = _settings(int), _settings(bool)  # the larger one serves whoever asks for less

@@ -1,0 +1,62 @@
+"""The table of observation entries: what is in it is in every face and in the documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import gymnasium as gym
+import pytest
+import torch
+
+import dllm_gym  # noqa: F401
+from dllm_gym.envs.single import DLLMUnmaskEnv
+from dllm_gym.envs.torchrl import DLLMUnmaskTorchRLEnv
+from dllm_gym.process import entries, unmasking
+from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.entries import COUNTS, ENTRIES, FLAGS, Entry
+
+EVERYTHING = {"top_k": 2, "entropy": True, "margin": True, "kl": 3, "hidden": True, "alpha": [1.0, 3.0]}
+
+
+def test_settings_ask_for_entries():
+    assert COUNTS == ("top_k", "kl") and FLAGS == ("entropy", "margin", "hidden")
+    known = {field.name for field in dataclasses.fields(EnvConfig)}
+    assert {entry.setting for entry in ENTRIES} - {None} <= known
+
+
+def test_the_environment_documents_every_entry_with_its_dtype():
+    for entry in ENTRIES:
+        dtype = str(entry.dtype).removeprefix("torch.")
+        assert re.search(rf"``{entry.name}`` {dtype} \[", DLLMUnmaskEnv.__doc__), entry.name
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["few", "all"])
+def test_all_faces_show_the_same_entries_within_their_bounds(settings):
+    lanes = gym.make_vec("DLLMUnmask-v0", num_envs=2, split="test", **settings)
+    native = DLLMUnmaskTorchRLEnv(2, split="test", **settings)
+    assert len(lanes.core.entries) == (len(ENTRIES) if settings else 4)
+    observation, _ = lanes.reset(seed=0)
+    for _ in range(3):
+        for entry in lanes.core.entries:
+            value = observation[entry.name]
+            assert value.dtype == entry.dtype and tuple(value.shape[1:]) == entry.size(lanes.core)
+            assert lanes.observation_space[entry.name].contains(value.numpy())
+            assert native.observation_spec[entry.name].is_in(value)
+        observation, *_ = lanes.step(torch.eye(20)[[3, 4]])
+    assert list(observation) == [entry.name for entry in lanes.core.entries]
+    assert set(lanes.single_observation_space) == set(observation) == set(native.observation_spec) - {"score", "nfe"}
+
+
+def test_one_line_adds_an_entry_to_every_face(monkeypatch):
+    line = Entry("left", ("L",), lambda now: now.mask.cumsum(1).float(), high=20.0, committed=-1.0, low=-1.0)
+    for module in (entries, unmasking):
+        monkeypatch.setattr(module, "ENTRIES", (*ENTRIES, line))
+    env = DLLMUnmaskEnv(split="test")
+    observation, _ = env.reset(seed=0)
+    assert observation["left"].tolist() == list(range(1, 21)) and observation in env.observation_space
+    observation, *_ = env.step(torch.eye(20)[7])
+    assert observation["left"][7] == -1 and observation["left"][8] == 8 and observation in env.observation_space
+    native = DLLMUnmaskTorchRLEnv(2, split="test")
+    assert native.rollout(2)["left"].shape == (2, 2, 20)
+    assert native.observation_spec["left"].high.unique().tolist() == [20.0]
