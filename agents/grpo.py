@@ -6,17 +6,50 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
 from agents.algorithm import Algorithm, per_step
-from agents.losses import Descent, GRPOLoss, ReferenceKL, Sum, in_chunks, log_likelihood, pack
+from agents.losses import Descent, GRPOLoss, ReferenceKL, Regularized, in_chunks, log_likelihood, pack
 from dllm_gym.checks import flag, number
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
+
+    from dllm_gym.deciders.policy import Policy
+
+    LogProb = Callable[[ProbabilisticActor], Tensor]
+
+
+class Reference:
+    """What a policy is held near: a loss beside the clipped objective."""
+
+    def check(self, policy: Policy) -> None:
+        """ValueError if the policy cannot be regularised this way."""
+
+    def loss(self, actor: ProbabilisticActor) -> nn.Module:
+        """Module of packed steps -> its ``loss_*``."""
+        raise NotImplementedError
+
+    def renew(self, steps: TensorDictBase, actor: ProbabilisticActor, log_prob: LogProb) -> None:
+        """Prepare a gradient step of ``actor``; ``log_prob`` gives that of the actions, float [N], under any actor."""
+
+
+class Beginning(Reference):
+    """The policy as it is when training begins, after a warm start if there is one; by the KL divergence from it."""
+
+    def __init__(self, actor: ProbabilisticActor):
+        self.actor = copy.deepcopy(actor).requires_grad_(False)
+
+    def loss(self, actor: ProbabilisticActor) -> nn.Module:
+        return ReferenceKL(actor)
+
+    def renew(self, steps: TensorDictBase, actor: ProbabilisticActor, log_prob: LogProb) -> None:
+        if "reference_log_prob" not in steps:  # the same in every step of a round
+            steps["reference_log_prob"] = log_prob(self.actor)
 
 
 class GRPO(Algorithm):
@@ -28,15 +61,19 @@ class GRPO(Algorithm):
         clip_epsilon: ratios count within [1 - epsilon, 1 + epsilon]; in (0, 1). A pair (low, high) bounds the two
             sides apart ("clip-higher", DAPO, arXiv 2503.14476); low in (0, 1), high > 0.
         normalize: divide the advantage by the group's standard deviation (DeepSeekMath's GRPO, arXiv 2402.03300).
-        kl_scale: weight of the KL divergence from the reference policy, which is the actor as it is given here (after a
-            warm start, if there is one); 0 leaves it out.
+        kl_scale: weight of the reference; 0 leaves it out.
+        reference: None: :class:`Beginning`, the actor as it is given here.
         descent: further settings of :class:`~agents.losses.Descent` (``scheduler, epochs, max_grad_norm, chunk``).
+
+    Attributes:
+        summed: an episode's loss is the sum over its steps, not their mean.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
     compares = True
+    summed = False
 
     def __init__(
         self,
@@ -46,17 +83,19 @@ class GRPO(Algorithm):
         clip_epsilon: float | Sequence[float] = 0.5,
         normalize: bool = False,
         kl_scale: float = 0.0,
+        reference: Reference | None = None,
         **descent: Any,
     ):
         number("kl_scale", kl_scale, least=0)
         self.normalize = flag("normalize", normalize)
+        self.reference = (reference or Beginning(actor)) if kl_scale else None
         loss: nn.Module = GRPOLoss(
             actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False
         )
-        self.reference = copy.deepcopy(actor).requires_grad_(False) if kl_scale else None
         if self.reference is not None:
-            loss = Sum(loss, ReferenceKL(actor, kl_scale))
-            loss.reference = self.reference  # a part of the loss, so that it is stored with it
+            loss = Regularized(loss, self.reference.loss(actor), kl_scale)
+        if isinstance(self.reference, Beginning):
+            loss.reference = self.reference.actor  # a part of the loss, so that it is stored with it
         super().__init__(actor, Descent(loss, optimizer, **descent))
 
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
@@ -65,16 +104,19 @@ class GRPO(Algorithm):
         If no group is informative nothing is learnt, and the metrics of a gradient step are absent.
         """
         advantage, informative = group_advantage(reward, group, self.normalize)
-        batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
+        batch = batch.select(*self.actor.in_keys, *self.observes, "action", "action_log_prob", "active")
         batch["advantage"] = per_step(advantage, batch)
-        # Without a KL term a group whose rewards are all equal has no gradient: its steps need no forward.
-        steps = pack(batch, keep=None if self.reference is not None else informative)
-        if self.reference is not None:
-            reference = self.reference
-            steps["reference_log_prob"] = in_chunks(
-                lambda part: log_likelihood(reference, part), steps, self.descent.chunk
-            )
-        return {**self.descent.run(steps), "informative": share(informative)}
+        batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
+        # Without a reference a group whose rewards are all equal has no gradient: its steps need no forward.
+        steps = pack(batch, keep=None if self.reference else informative, summed=self.summed)
+        return {**self.descent.run(steps, self._renew), "informative": share(informative)}
+
+    def _renew(self, steps: TensorDictBase) -> None:
+        def log_prob(actor: ProbabilisticActor) -> Tensor:
+            return in_chunks(lambda part: log_likelihood(actor, part), steps, self.descent.chunk)
+
+        if self.reference:
+            self.reference.renew(steps, self.actor, log_prob)
 
 
 def share(chosen: Tensor) -> float:

@@ -95,34 +95,32 @@ class Likelihood(nn.Module):
 
 
 class ReferenceKL(nn.Module):
-    """``scale`` times KL(pi || reference), estimated from the actions taken by r - log r - 1 with r = reference / pi.
+    """KL(pi || reference), estimated from the actions taken by r - log r - 1 with r = reference / pi.
 
     The estimator is unbiased on actions of the current policy and never negative (Schulman, "Approximating KL
     divergence", 2020; used by GRPO, arXiv 2402.03300, eq. 4). ``steps`` hold ``reference_log_prob`` float [N].
     """
 
-    def __init__(self, actor: ProbabilisticActor, scale: float):
+    def __init__(self, actor: ProbabilisticActor):
         super().__init__()
-        self.actor, self.scale = actor, scale
+        self.actor = actor
 
     def forward(self, steps: TensorDictBase) -> TensorDict:
         log_r = steps["reference_log_prob"] - log_likelihood(self.actor, steps)  # (N,)
         kl = log_r.exp() - log_r - 1
-        return TensorDict({"loss_kl": self.scale * (kl * steps["weight"]).sum(), "kl": kl.detach().mean()})
+        return TensorDict({"loss_kl": (kl * steps["weight"]).sum(), "kl": kl.detach().mean()})
 
 
-class Sum(nn.Module):
-    """Several losses over the same steps as one."""
+class Regularized(nn.Module):
+    """A loss plus ``scale`` times another over the same steps."""
 
-    def __init__(self, *losses: nn.Module):
+    def __init__(self, loss: nn.Module, other: nn.Module, scale: float):
         super().__init__()
-        self.losses = nn.ModuleList(losses)
+        self.losses, self.scale = nn.ModuleList([loss, other]), scale
 
     def forward(self, steps: TensorDictBase) -> TensorDict:
-        entries: dict[str, Tensor] = {}
-        for loss in self.losses:
-            entries |= dict(loss(steps).items())
-        return TensorDict(entries)
+        entries, others = (dict(loss(steps).items()) for loss in self.losses)
+        return TensorDict(entries | {k: v * self.scale if k.startswith("loss_") else v for k, v in others.items()})
 
 
 def log_likelihood(actor: ProbabilisticActor, steps: TensorDictBase) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,32 +10,17 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from agents.advantages import group_advantage
-from agents.algorithm import Algorithm, per_step
-from agents.grpo import check_clip, share
-from agents.losses import Descent, GRPOLoss, Likelihood, Sum, in_chunks, log_likelihood, pack
-from dllm_gym.checks import flag, number
+from agents.grpo import GRPO, Reference
+from agents.losses import Likelihood
+from dllm_gym.checks import number
 from dllm_gym.deciders.distributions import OnePosition
 from dllm_gym.deciders.rules import first_k
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
 
+    from agents.grpo import LogProb
     from dllm_gym.deciders.policy import Policy
-
-
-class Reference:
-    """One of the paper's realizations of the reference policy: what ``loss_reference`` pulls towards."""
-
-    def check(self, policy: Policy) -> None:
-        """ValueError if the policy cannot be regularised this way."""
-
-    def loss(self, actor: ProbabilisticActor) -> nn.Module:
-        """Module of packed steps -> ``loss_reference``."""
-        raise NotImplementedError
-
-    def renew(self, steps: TensorDictBase, log_prob: Callable[[], Tensor]) -> None:
-        """Prepare a gradient step; ``log_prob()`` float [N] is that of the actions under the current policy."""
 
 
 class MaxConfidence(Reference):
@@ -76,8 +61,8 @@ class Divergence(Reference):
     def loss(self, actor: ProbabilisticActor) -> nn.Module:
         return Likelihood(actor, "reference", coefficient="divergence")
 
-    def renew(self, steps: TensorDictBase, log_prob: Callable[[], Tensor]) -> None:
-        columns = torch.stack([log_prob(), steps["action_log_prob"], self.log_prob(steps)], -1)  # (N, 3)
+    def renew(self, steps: TensorDictBase, actor: ProbabilisticActor, log_prob: LogProb) -> None:
+        columns = torch.stack([log_prob(actor), steps["action_log_prob"], self.log_prob(steps)], -1)  # (N, 3)
         episodes = int(steps["episode"].max()) + 1
         sums = columns.new_zeros(episodes, 3).index_add_(0, steps["episode"], columns)  # (E, 3)
         now, old, reference = sums.unbind(-1)
@@ -124,22 +109,20 @@ class TopK(Divergence):
         return -(steps["action_mask"] != 0).sum(-1).clamp(1, self.k).log()
 
 
-class UPO(Algorithm):
-    """Clipped ratios summed over an episode's steps plus ``beta`` times a reference realization.
+class UPO(GRPO):
+    """GRPO over single positions, with ratios summed over an episode's steps, plus ``beta`` times a reference.
 
     Args:
         actor: TorchRL actor over ``OnePosition``, trained in place. optimizer: factory, parameters -> optimizer.
-        reference: :class:`MaxConfidence`, :class:`Softmax` or :class:`TopK`.
+        reference: one of the paper's realizations: :class:`MaxConfidence`, :class:`Softmax` or :class:`TopK`.
         beta: weight of the reference; 1e-4 in the paper.
-        clip_epsilon, normalize: as in :class:`~agents.grpo.GRPO`.
-        descent: further settings of :class:`~agents.losses.Descent` (``scheduler, epochs, max_grad_norm, chunk``);
-            the paper takes 16 epochs.
+        normalize, settings: those of :class:`~agents.grpo.GRPO`; the paper takes 16 epochs.
 
     Raises:
         ValueError: a setting is out of range, or the policy or its distribution does not fit.
     """
 
-    compares = True
+    summed = True
 
     def __init__(
         self,
@@ -148,43 +131,12 @@ class UPO(Algorithm):
         *,
         reference: Reference,
         beta: float = 1e-4,
-        clip_epsilon: float | Sequence[float] = 0.5,
         normalize: bool = True,
-        **descent: Any,
+        **settings: Any,
     ):
         if not issubclass(actor[-1].distribution_class, OnePosition):
             raise ValueError("UPO chooses one position per step: use distribution=one_position")
         number("beta", beta, least=0)
         reference.check(actor[0].module)
-        self.beta = beta
-        self.reference, self.normalize = reference, flag("normalize", normalize)
-        clipped = GRPOLoss(actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False)
-        loss = Sum(clipped, Scaled(reference.loss(actor), beta)) if beta else clipped
-        super().__init__(actor, Descent(loss, optimizer, **descent), also=("confidence",))
-
-    def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
-        """See :meth:`Algorithm.update`; ``informative`` is the share of episodes in groups with different rewards."""
-        advantage, informative = group_advantage(reward, group, self.normalize)
-        batch = batch.select(*self.observes, "action", "action_log_prob", "active")
-        batch["advantage"] = per_step(advantage, batch)
-        batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
-        steps = pack(batch, summed=True)
-        metrics = self.descent.run(steps, self._renew) if self.beta else self.descent.run(steps)
-        return {**metrics, "informative": share(informative)}
-
-    def _renew(self, steps: TensorDictBase) -> None:
-        def log_prob() -> Tensor:
-            return in_chunks(lambda part: log_likelihood(self.actor, part), steps, self.descent.chunk)
-
-        self.reference.renew(steps, log_prob)
-
-
-class Scaled(nn.Module):
-    """A loss times a constant."""
-
-    def __init__(self, loss: nn.Module, scale: float):
-        super().__init__()
-        self.loss, self.scale = loss, scale
-
-    def forward(self, steps: TensorDictBase) -> TensorDict:
-        return self.loss(steps) * self.scale
+        super().__init__(actor, optimizer, normalize=normalize, kl_scale=beta, reference=reference, **settings)
+        self.observes = list(dict.fromkeys([*actor.in_keys, "confidence"]))

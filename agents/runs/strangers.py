@@ -248,7 +248,7 @@ def allowed_kinds(group: str) -> list[tuple[str, tuple[type, ...]]]:
         import transformers.optimization  # noqa: F401
 
         from agents.algorithm import Algorithm
-        from agents.upo import Reference
+        from agents.grpo import Reference
         from dllm_gym.deciders.rules import Rule
 
         steps = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
