@@ -179,7 +179,7 @@ def _play(
         raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
     E, B, device, core = len(examples), env.num_envs, env.device, env.core
     chosen = [check_example(e, len(core.examples)) for e in examples]
-    host = {"reward": np.zeros(E, np.float32), "score": np.zeros(E, np.float32), "nfe": np.zeros(E, np.int64)}
+    host = {"r": np.zeros(E, np.float32), "score": np.zeros(E, np.float32), "l": np.zeros(E, np.int64)}
     completions = [""] * E
     forwards = core.row_forwards
     # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
@@ -187,36 +187,35 @@ def _play(
     first = chosen[:B] + [EMPTY] * (B - E)
     if alphas is not None:  # lanes without an episode have none of their own
         alphas = [*alphas[:B], *[alphas[0]] * (B - E), *alphas[B:]]
-    observation, _ = env.reset(seed=start, options={"examples": first, "queue": chosen[B:], "alpha": alphas})
+    observation, info = env.reset(seed=start, options={"examples": first, "queue": chosen[B:], "alpha": alphas})
     streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
-    episode = np.where(np.arange(B) < E, np.arange(B), EMPTY)  # which episode each lane works on
     time = torch.zeros(B, dtype=torch.int64, device=device)
     lane_steps, steps, empty = 0, 0, torch.zeros((), dtype=torch.int64, device=device)
-    waiting = iter(range(B, E))
     moved = True  # lanes have begun other episodes
-    while (episode != EMPTY).any():
+    while "item" in info:
         if moved:
-            busy = np.flatnonzero(episode != EMPTY)
-            lanes, which = upload(busy, device), upload(episode[busy], device)
+            busy = np.flatnonzero(info["_item"])
+            lanes, which = upload(busy, device), upload(info["item"][busy], device)
         if len(busy) < B:  # nobody has to decide for the others
             observation = {name: value[lanes] for name, value in observation.items()}
         decided = decide(Step(which, time[lanes], observation, uniform(streams[which], time[lanes], core.L)))
         empty += (~(decided.bool() & observation["action_mask"].bool()).any(1)).sum()
         lane_steps, steps = lane_steps + B, steps + len(busy)
-        observation, *_ = env.step(decided.new_zeros(B, core.L).index_copy_(0, lanes, decided))
+        observation, _, _, _, info = env.step(decided.new_zeros(B, core.L).index_copy_(0, lanes, decided))
         time += 1
-        done = np.flatnonzero(core.outcome.done)
-        moved = len(done) > 0
+        moved = "episode" in info
         if moved:
+            done, ended = np.flatnonzero(info["_episode"]), info["episode"]
             for name, values in host.items():
-                values[episode[done]] = getattr(core.outcome, name)[done]
+                values[ended["item"][done]] = ended[name][done]
             texts = env.last_completions()
-            for lane in done:  # the env's own order: lowest lane first
-                completions[episode[lane]] = texts[lane] or ""
-                episode[lane] = next(waiting, EMPTY)
+            for lane in done:
+                completions[ended["item"][lane]] = texts[lane] or ""
             time[upload(done, device)] = 0
     return Results(
-        **{name: upload(values, device) for name, values in host.items()},
+        reward=upload(host["r"], device),
+        score=upload(host["score"], device),
+        nfe=upload(host["l"], device),
         example=upload(np.asarray(chosen, np.int64), device),
         completions=completions,
         row_forwards=core.row_forwards - forwards,

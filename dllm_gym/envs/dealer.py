@@ -66,6 +66,10 @@ class Dealer:
 
     Args:
         lanes: number of lanes. count: number of examples in the split. alphas: of the environment.
+
+    Attributes:
+        items: int64 [lanes], which of the examples of a reset with a queue each lane has, counted over the lanes and
+            then the queue; EMPTY: none of them.
     """
 
     def __init__(self, lanes: int, count: int, alphas: AlphaRange | None = None):
@@ -75,6 +79,7 @@ class Dealer:
         self.generators = [np.random.default_rng() for _ in range(lanes)]
         self.base: int | None = None  # the seed of a reset that has not opened yet
         self.queue_base = self.item = 0
+        self.items = np.full(lanes, EMPTY)
 
     def seed(self, seed: int | Sequence[int | None] | None, lanes: Iterable[int] | None = None) -> None:
         """Start generators anew: from seed + lane, from seed[lane], or (None) from the system's entropy.
@@ -111,6 +116,9 @@ class Dealer:
         if self.base is None:  # not seeded for this reset: queue items get new streams
             self.base = int(self.generators[0].integers(1 << 31))
         self.queue_base, self.base = self.base, None
+        self.items[:] = EMPTY
+        if chosen is not None and self.queue is not None:
+            self.items = np.where(np.array(chosen) == EMPTY, EMPTY, np.arange(self.lanes))
         dealt = [draw(generator, self.count) for generator in self.generators]
         return chosen or [example for example, _ in dealt], [key for _, key in dealt], alphas[: self.lanes]
 
@@ -128,8 +136,10 @@ class Dealer:
         if self.queue is None:
             return *draw(self.generators[lane], self.count), self.alpha
         if not self.queue:
+            self.items[lane] = EMPTY
             return EMPTY, 0, None
         _, key = draw(np.random.default_rng(self.queue_base + self.item), self.count)
+        self.items[lane] = self.item
         self.item += 1
         example, alpha = self.queue.popleft()
         return example, key, alpha
@@ -137,5 +147,9 @@ class Dealer:
     def restart(self, lane: int, options: Mapping[str, Any]) -> tuple[int, int, float | None]:
         """Example, key and alpha for a lane that is reset by itself: those of the options, else the next ones."""
         chosen, alphas = self.chosen(options), check_alphas(options, self.alphas, self.lanes)
-        example, key, alpha = self.deal(lane) if chosen is None else (*draw(self.generators[lane], self.count), None)
-        return example if chosen is None else chosen[lane], key, alpha if alphas[lane] is None else alphas[lane]
+        if chosen is None:
+            example, key, alpha = self.deal(lane)
+        else:
+            (_, key), example, alpha = draw(self.generators[lane], self.count), chosen[lane], None
+            self.items[lane] = EMPTY
+        return example, key, alpha if alphas[lane] is None else alphas[lane]

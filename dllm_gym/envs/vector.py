@@ -18,7 +18,7 @@ from dllm_gym.checks import choice, whole
 from dllm_gym.envs.dealer import Dealer, check_options
 from dllm_gym.envs.spaces import check_action, observation_space
 from dllm_gym.models.batches import upload
-from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.config import EMPTY, EnvConfig
 from dllm_gym.process.unmasking import Outcome, Unmasking
 
 ARRAYS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
@@ -64,6 +64,10 @@ class DLLMUnmaskVectorEnv(VectorEnv):
     Where ``info["_episode"]`` (bool [N]) is set an episode has ended, and ``info["episode"]`` holds ``r`` (reward,
     float32 [N]), ``l`` (NFE, int64 [N]), ``score`` (float32 [N]) and ``example`` (int64 [N]), with a range of alphas
     also ``alpha`` (float32 [N]). Texts are read with :meth:`last_completions`.
+
+    After a reset with a queue ``info["item"]`` (int64 [N]) says which of its examples a lane works on now, the lanes'
+    counted first and then the queue's (-1: none, where ``info["_item"]`` is not set; absent once all lanes are empty),
+    and ``info["episode"]["item"]`` which one an episode had.
 
     Args:
         num_envs: N, the number of lanes.
@@ -130,7 +134,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             self.core.place(range(self.num_envs), *self.dealer.open(options))
             self._waiting = np.zeros(self.num_envs, bool)
         self.core.predict()
-        return self._deliver(self.core.observe()), {}
+        return self._deliver(self.core.observe()), self._items()
 
     def _reset_some(self, reset_mask: np.ndarray, seed: Any, options: dict[str, Any]) -> np.ndarray:
         """New episodes in the lanes of ``reset_mask``; returns which lanes still wait."""
@@ -170,7 +174,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             lanes = np.flatnonzero(self._waiting).tolist()
             raise gym.error.ResetNeeded(f"lanes {lanes} have finished: reset them with options={{'reset_mask': ...}}")
         done = self.core.commit(check_action(actions, (self.num_envs, self.core.L), self.device))
-        last = None
+        items, last = self.dealer.items.copy(), None
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             last = self._last_observation(done) if done.any() else None
             self._deal(np.flatnonzero(done))
@@ -179,12 +183,18 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         self._waiting = done & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
         self.core.predict()  # while the answers that are done are graded
         outcome = self.core.settle()
-        info = self._information(outcome)
+        info = self._information(outcome, items)
         if last is not None:
             info |= {"final_obs": last, "final_info": dict(info)}
             info |= {name: done.copy() for name in ("_final_obs", "_final_info")}
         observation = self._deliver(self.core.observe())
-        return observation, outcome.reward.copy(), outcome.terminated.copy(), outcome.truncated.copy(), info
+        return (
+            observation,
+            outcome.reward.copy(),
+            outcome.terminated.copy(),
+            outcome.truncated.copy(),
+            info | self._items(),
+        )
 
     def _last_observation(self, done: np.ndarray) -> dict[str, np.ndarray]:
         """What is seen of the lanes that are about to be refilled, with zeros for the others."""
@@ -198,7 +208,12 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             last[name][done] = seen
         return last
 
-    def _information(self, outcome: Outcome) -> dict[str, Any]:
+    def _items(self) -> dict[str, np.ndarray]:
+        """Which item of a reset with a queue each lane works on, as long as there is one that does."""
+        items, some = self.dealer.items, self.dealer.items != EMPTY
+        return {"item": items.copy(), "_item": some} if some.any() else {}
+
+    def _information(self, outcome: Outcome, items: np.ndarray) -> dict[str, Any]:
         done = outcome.done
         if not done.any():
             return {}
@@ -206,10 +221,12 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             "r": outcome.reward.copy(),
             "l": np.where(done, outcome.nfe, 0),
             "score": outcome.score.copy(),
-            "example": np.where(done, outcome.example, -1),
+            "example": np.where(done, outcome.example, EMPTY),
         }
         if self.core.alphas is not None:
             episode["alpha"] = np.where(done, outcome.alpha, 0).astype(np.float32)
+        if self.dealer.queue is not None:
+            episode["item"] = np.where(done, items, EMPTY)
         return {"episode": episode, "_episode": done}
 
     def last_completions(self) -> list[str | None]:

@@ -52,3 +52,12 @@ def upload(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
     """A copy on the device; the host does not wait for it."""
     tensor = torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def download(**tensors: Tensor) -> dict[str, np.ndarray]:
+    """Copies int64 [b] or [b, n] on the host of tensors [b] or [b, n]; the host waits for the device once."""
+    columns = [tensor.long().reshape(len(tensor), -1) for tensor in tensors.values()]
+    ends = np.cumsum([column.shape[1] for column in columns])
+    parts = np.split(torch.cat(columns, 1).cpu().numpy(), ends[:-1], axis=1)
+    named = zip(tensors.items(), parts, strict=True)
+    return {name: part.reshape(tuple(tensor.shape)).copy() for (name, tensor), part in named}

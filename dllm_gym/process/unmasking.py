@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dllm_gym.checks import flag, number, whole
 from dllm_gym.models import DLLM, Sampling, load_dllm
-from dllm_gym.models.batches import upload
+from dllm_gym.models.batches import download, upload
 from dllm_gym.noise import fold, uniform
 from dllm_gym.process.config import EMPTY, EnvConfig
 from dllm_gym.process.entries import ENTRIES, FLAGS, Moment
@@ -34,18 +34,6 @@ if TYPE_CHECKING:
     from dllm_gym.models.cache import BlockCache
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Ended:
-    """A step whose rewards are not known yet; see :class:`Outcome`. ``grades`` come for the lanes that are done."""
-
-    terminated: np.ndarray
-    truncated: np.ndarray
-    steps: np.ndarray
-    example: np.ndarray
-    alpha: np.ndarray
-    grades: Future[list[float]] | None
 
 
 @dataclass
@@ -62,11 +50,14 @@ class Outcome:
 
     terminated: np.ndarray
     truncated: np.ndarray
-    reward: np.ndarray
-    score: np.ndarray
     nfe: np.ndarray
     example: np.ndarray
     alpha: np.ndarray
+    reward: np.ndarray = field(init=False)
+    score: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.reward, self.score = np.zeros((2, len(self.nfe)), np.float32)
 
     @property
     def done(self) -> np.ndarray:
@@ -165,14 +156,15 @@ class Unmasking:
         self.running = np.zeros(B, bool)
         self.stale = np.zeros(B, bool)  # lanes whose tokens changed since they were predicted
         self.masked = np.zeros(B, np.int64)  # how many masks a lane has,
-        self.open = np.zeros(B, np.int64)  # how many of them in its active block,
+        self.unmaskable = np.zeros(B, np.int64)  # how many of them in its active block,
         self.first_mask = np.zeros(B, np.int64)  # and where the first one is
         self.steps: Tensor = torch.zeros(B, dtype=torch.int64, device=device)
         self.key = torch.zeros(B, dtype=torch.int64, device=device)
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
         self.preference: Tensor = torch.zeros(B, device=device)
         self.fresh = torch.zeros(B, L, dtype=torch.bool, device=device)  # committed by the last step
-        self.block = torch.arange(L, device=device) // self.block_length
+        self.position = torch.arange(L, device=device)
+        self.block = self.position // self.block_length
         self.stop_ids = torch.tensor(sorted(self.dllm.stop_ids), device=device)
         self.predictions = Predictions(
             self.dllm, B, L, sampling=self.sampling, cache=self._make_cache(config.cache), history=config.kl
@@ -182,7 +174,7 @@ class Unmasking:
         self.entries = [entry for entry in ENTRIES if entry.value(now) is not None]
         self.completions: list[str | None] = [None] * B
         self.outcome: Outcome | None = None
-        self._ended: Ended | None = None  # the step whose grades are not collected yet
+        self._graded: tuple[Outcome, Future[list[float]] | None] | None = None  # a step, and the grades it waits for
         self._encoded: dict[int, np.ndarray] = {}  # prompts by example
 
     def _make_cache(self, kind: str) -> BlockCache | None:
@@ -273,7 +265,7 @@ class Unmasking:
         started = index != EMPTY
         self.running[chosen] = self.stale[chosen] = started
         self.masked[chosen] = np.where(started, self.L, 0)
-        self.open[chosen] = np.where(started, self.block_length, 0)
+        self.unmaskable[chosen] = np.where(started, self.block_length, 0)
         self.first_mask[chosen] = 0
 
     def _prompt(self, index: int) -> np.ndarray:
@@ -317,7 +309,7 @@ class Unmasking:
             length=np.array([len(self.prompts[lane]) for lane in lanes]) + self.L,
             tokens=tokens,
             where=mask if self.lookahead else self.legal(mask),
-            count=(self.masked if self.lookahead else self.open)[lanes],
+            count=(self.masked if self.lookahead else self.unmaskable)[lanes],
             block=self.first_mask[lanes] // self.block_length,
             key=fold(self.key[index], self.steps[index]),
             prompt=[self.prompts[lane].tobytes() if self.masked[lane] == self.L else None for lane in lanes],
@@ -352,61 +344,56 @@ class Unmasking:
         self.steps += (mask & running).any(1)
         self.fresh = chosen
         left = completion == self.dllm.mask_id
-        first = torch.where(left, self._place(), self.L).amin(1)
-        facts = [
-            chosen.any(1),
-            left.sum(1),
-            self.legal(left).sum(1),
-            first,
-            self._complete(completion, first),
-            self.steps,
-        ]
-        host = torch.cat([torch.stack([fact.long() for fact in facts], 1), completion], 1).cpu().numpy()  # the one sync
-        changed, self.masked, self.open, self.first_mask, over, steps = host[:, : len(facts)].T.copy()
-        terminated = self.running & (over > 0)
+        first = torch.where(left, self.position, self.L).amin(1)
+        host = download(
+            completion=completion,
+            changed=chosen.any(1),
+            masked=left.sum(1),
+            unmaskable=self.legal(left).sum(1),
+            first_mask=first,
+            complete=self._complete(completion, first),
+            steps=self.steps,
+        )
+        self.masked, self.unmaskable, self.first_mask = host["masked"], host["unmaskable"], host["first_mask"]
+        changed, complete, steps = host["changed"] > 0, host["complete"] > 0, host["steps"]
+        terminated = self.running & complete
         truncated = self.running & ~terminated & (steps >= self.max_steps)
-        self.stale |= (changed > 0) & (over == 0)
+        self.stale |= changed & ~complete
         if self.predictions.drift is not None:
-            unmoved = np.flatnonzero(self.running & ~terminated & (changed == 0))
+            unmoved = np.flatnonzero(self.running & ~terminated & ~changed)
             self.predictions.drift.stay(upload(unmoved, mask.device))
-        self._ended = self._hand_in(terminated, truncated, steps, host[:, len(facts) :])
-        return terminated | truncated
-
-    def _place(self) -> Tensor:
-        """int64 [L], 0 .. L - 1."""
-        return torch.arange(self.L, device=self.block.device)
+        outcome = Outcome(terminated, truncated, steps, self.example.copy(), self.alpha.copy())
+        self._graded = outcome, self._hand_in(np.flatnonzero(outcome.done), host["completion"])
+        return outcome.done
 
     def _complete(self, completion: Tensor, first_mask: Tensor) -> Tensor:
         """bool [B]: nothing is masked, or (``stop_at_eos``) nothing before a token that ends the text."""
         if not self.stop_at_eos:
             return first_mask == self.L
         stops = torch.isin(completion, self.stop_ids)
-        return first_mask > torch.where(stops, self._place(), self.L - 1).amin(1)
+        return first_mask > torch.where(stops, self.position, self.L - 1).amin(1)
 
-    def _hand_in(self, terminated: np.ndarray, truncated: np.ndarray, steps: np.ndarray, tokens: np.ndarray) -> Ended:
-        """Decode the answers that are done and let a thread grade them while the dLLM goes on."""
-        done = np.flatnonzero(terminated | truncated)
-        texts = [self.dllm.decode(completion) for completion in tokens[done].tolist()]
+    def _hand_in(self, done: np.ndarray, completions: np.ndarray) -> Future[list[float]] | None:
+        """Decode the answers of these lanes and let a thread grade them while the dLLM goes on."""
+        if not len(done):
+            return None
+        texts = [self.dllm.decode(completion) for completion in completions[done].tolist()]
         for lane, text in zip(done, texts, strict=True):
             self.completions[lane] = text
         self.running[done] = False
-        asked = [self.examples[example] for example in self.example[done]]
-        grades = in_background(self.task.grade_all, asked, texts) if len(done) else None
-        return Ended(terminated, truncated, steps, self.example.copy(), self.alpha.copy(), grades)
+        return in_background(self.task.grade_all, [self.examples[example] for example in self.example[done]], texts)
 
     def settle(self) -> Outcome:
         """What the last :meth:`commit` did, rewards included; waits for the graders."""
-        assert self._ended is not None, "settle() follows commit()"
-        ended, self._ended = self._ended, None
-        score, reward = np.zeros(self.B, np.float32), np.zeros(self.B, np.float32)
-        done = np.flatnonzero(ended.terminated | ended.truncated)
-        if ended.grades is not None:
-            score[done] = ended.grades.result()
-            scores, steps = torch.from_numpy(score[done]), torch.from_numpy(ended.steps[done])
-            reward[done] = self._reward(ended.alpha[done])(scores, steps, self.L).numpy()
-        facts = (ended.terminated, ended.truncated, reward, score, ended.steps, ended.example, ended.alpha)
-        self.outcome = Outcome(*facts)
-        return self.outcome
+        assert self._graded is not None, "settle() follows commit()"
+        (outcome, grades), self._graded = self._graded, None
+        if grades is not None:
+            done = np.flatnonzero(outcome.done)
+            outcome.score[done] = grades.result()
+            scores, steps = torch.from_numpy(outcome.score[done]), torch.from_numpy(outcome.nfe[done])
+            outcome.reward[done] = self._reward(outcome.alpha[done])(scores, steps, self.L).numpy()
+        self.outcome = outcome
+        return outcome
 
     def _reward(self, alpha: np.ndarray) -> Reward:
         """The reward of episodes with these alphas [n]."""

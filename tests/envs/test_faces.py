@@ -206,6 +206,31 @@ def test_seeding_reproduces_and_differs():
     assert torch.equal(first["confidence"], listed["confidence"])
 
 
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_the_info_says_which_item_of_a_queue_each_lane_has_and_each_episode_had(mode):
+    envs = gym.make_vec("DLLMUnmask-v0", num_envs=3, split="test", autoreset_mode=mode)
+    chosen = {0: 5, 1: 6, 3: 7, 4: 7, 5: 9}  # item 2 is a lane without an episode
+    options = {"examples": [5, 6, -1], "queue": [7, 7, 9]}
+    observation, info = envs.reset(seed=0, options=options)
+    assert info["item"].tolist() == [0, 1, -1] and info["_item"].tolist() == [True, True, False]
+    had = {}
+    for step in range(200):
+        before = info["item"]
+        action = observation["action_mask"].clone()
+        action[0, step % 2 :] = 0  # lane 0 is the slower one
+        observation, _, _, _, info = envs.step(action)
+        for lane in np.flatnonzero(info.get("_episode", [])):
+            assert info["episode"]["item"][lane] == before[lane]
+            had[int(before[lane])] = int(info["episode"]["example"][lane])
+        if "item" not in info:
+            break
+    assert had == chosen
+    _, info = envs.reset(seed=0, options={"examples": [5, 6, -1]})
+    assert "item" not in info
+    *_, info = envs.step(np.ones((3, 20), np.int8))
+    assert "item" not in info and "item" not in info["episode"]
+
+
 def test_a_queue_is_dealt_in_order_and_leaves_lanes_empty():
     envs = make_vec(split="test")
     everything = torch.ones(3, 20, dtype=torch.int8)
