@@ -6,14 +6,16 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from agents.rollout import Decider, Results, evaluate
 from agents.runs.files import noted, read
-from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+
+if TYPE_CHECKING:  # who reads and draws results needs no torch
+    from agents.rollout import Decider, Results
+    from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 
 Row = dict[str, Any]  # one decider on one split: the columns of the table
 
@@ -26,6 +28,8 @@ def evaluate_rows(
     In an environment with a range of alphas a decider that has an ``alpha`` is paid by it, every other one by that in
     the middle of the range.
     """
+    from agents.rollout import evaluate
+
     middle = None if env.core.alphas is None else env.core.alphas.alpha(0.5)
     rows = []
     for name, decider in deciders.items():

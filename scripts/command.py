@@ -7,23 +7,26 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
 import prelude  # noqa: F401  (before torch and agents)
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from settings import CONF, check, suggestion
+from settings import CONF, check_names, check_values, suggestion
 
 REFUSED, BROKEN_PIPE = 2, 141  # exit codes; the second is that of a program that SIGPIPE ends
 DEBUG = "DLLM_GYM_DEBUG"  # set to 1: errors in settings come with their traceback, as all others do
-ONE_LINE = (ValueError, OSError, MemoryError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
+ONE_LINE = (ValueError, OSError, MemoryError, HydraException, OmegaConfBaseException)
 NO_MEMORY = ("not enough memory", "can't allocate memory")  # RuntimeErrors of torch on a CPU
+
+GROUPS = ("experiment", "model", "task", "agent")  # whose choices the first line names, and the settings that it names
+INPUTS = ("checkpoint", "resume", "runs", "results", "measure")
 
 Work = Callable[[DictConfig], Any]
 
@@ -40,7 +43,9 @@ def command(name: str) -> Callable[[Work], Callable[..., Any]]:
         @functools.wraps(work)
         def checked(cfg: DictConfig) -> Any:
             refuse_surroundings()
-            check(cfg, name)
+            settings = check_names(cfg, name)
+            print(first_line(cfg, name), flush=True)
+            check_values(settings)
             try:
                 return work(cfg)
             except InstantiationException as error:
@@ -64,6 +69,17 @@ def command(name: str) -> Callable[[Work], Callable[..., Any]]:
     return decorate
 
 
+def first_line(cfg: DictConfig, name: str) -> str:
+    """What is started, on what, and where: shown before the seconds that the imports take."""
+    hydra_config = HydraConfig.get()
+    inputs = {key: cfg[key] for key in INPUTS if cfg.get(key) is not None}
+    choices = {} if "checkpoint" in inputs else hydra_config.runtime.choices  # the checkpoint brings its own
+    chosen = {group: choices[group] for group in GROUPS if choices.get(group)} | inputs
+    folder = Path(hydra_config.runtime.output_dir)
+    where = "" if folder == Path.cwd() else f" in {os.path.relpath(folder) if Path.cwd() in folder.parents else folder}"
+    return f"{name}: {', '.join(f'{key}={value}' for key, value in chosen.items())}{where}"
+
+
 def run(main: Callable[[], Any]) -> None:
     """Run Hydra's main on the command line; a reader that goes away ends it quietly."""
     for stream in (sys.stdout, sys.stderr):
@@ -83,12 +99,17 @@ def end(error: Exception) -> None:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         sys.exit(BROKEN_PIPE)
-    if not isinstance(error, ONE_LINE) and not any(words in str(error) for words in NO_MEMORY):
+    if not isinstance(error, ONE_LINE) and not is_out_of_memory(error):
         raise error
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     print(f"error: {' '.join(words(error).split())}", file=sys.stderr)
     sys.exit(REFUSED)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # before it is there, it has raised nothing
+    return any(words in str(error) for words in NO_MEMORY) or bool(torch and isinstance(error, torch.OutOfMemoryError))
 
 
 def words(error: BaseException) -> str:

@@ -10,24 +10,25 @@ The run folder (outputs/evaluate/...) gets results.{json,csv,png}.
 from __future__ import annotations
 
 from command import command, console
-from factory import (
-    check_evaluation,
-    heuristics,
-    make_evaluation_envs,
-    policy_deciders,
-    prepare,
-    refuse_a_range_that_nothing_reads,
-    report,
-    take_over,
-)
 from omegaconf import DictConfig, OmegaConf
-from run_folder import RunFolder, load_policy
 
 from dllm_gym.checks import number, text
 
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
+    from factory import (
+        check_evaluation,
+        heuristics,
+        make_evaluation_envs,
+        policy_deciders,
+        prepare,
+        refuse_a_range_that_nothing_reads,
+        report,
+        take_over,
+    )
+    from run_folder import RunFolder, load_policy
+
     check_evaluation(cfg)
     deciders = heuristics(cfg)
     if cfg.checkpoint is None and (cfg.temperature is not None or not deciders):

@@ -9,10 +9,9 @@ from typing import Any
 import gymnasium as gym
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from run_folder import RunFolder
-from settings import check_groups
+from settings import check_groups, chosen_names
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
@@ -124,13 +123,6 @@ def reads_preference(decider: Decider) -> bool:
     return not isinstance(decider, Rule)
 
 
-def refuse_chosen(names: Iterable[str], why: str) -> None:
-    """ValueError if the command line chooses one of these settings (or a part of one), which nothing would read."""
-    for chosen in sorted(chosen_names()):
-        if any(chosen == name or chosen.startswith(f"{name}.") for name in names):
-            raise ValueError(f"{chosen} is read by nothing here: {why}")
-
-
 def refuse_short_answers(envs: DLLMUnmaskVectorEnv) -> None:
     """ValueError if not one known answer of a procedural task fits into the completion; a warning if some do not."""
     core, task = envs.core, envs.core.task
@@ -180,11 +172,6 @@ def policy_rewards(rows: Iterable[Row]) -> dict[str, float]:
     for row in (row for row in rows if row["family"] == "policy"):
         found.setdefault(row["name"].strip(")").partition("(")[2].partition(",")[0], []).append(row["reward"])
     return {how: sum(rewards) / len(rewards) for how, rewards in found.items()}
-
-
-def chosen_names() -> set[str]:
-    """What the command line sets, such as ``env.block_length`` and ``task``."""
-    return {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
 
 
 def take_over(cfg: DictConfig, trained: DictConfig) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +27,9 @@ from agents.runs.checkpoints import (
 )
 from agents.runs.files import atomically, noted, read_manifest, verify
 from agents.runs.strangers import Allowed, read_config
-from dllm_gym.deciders.policy import Policy
+
+if TYPE_CHECKING:
+    from dllm_gym.deciders.policy import Policy
 
 LOCK, LOG, OVERRIDES = ".lock", "run.log", ".hydra/overrides.yaml"
 RESULTS = ("results.json", "results.csv", "results.png")
@@ -172,6 +174,8 @@ def load_policy(name: str | Path, cfg: DictConfig, setting: str = "checkpoint") 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or its configuration names what it may not name.
     """
+    from dllm_gym.deciders.policy import Policy
+
     with naming(setting, name):
         saved, checkpoint = load_run(name, cfg)
         policy_class = hydra.utils.get_class(str(saved.policy.get("_target_")))

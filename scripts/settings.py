@@ -24,9 +24,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
-from dllm_gym.models import load_dllm
-from dllm_gym.process.config import EnvConfig
-
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OWN_NAMES = ("deciders", "workloads", "worlds", "training", "warm_start", "variants")  # their entries are the user's
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
@@ -34,15 +31,17 @@ TRAINED = ("model", "task", "env", "reward")  # groups that come from the run of
 ELSEWHERE = {"model": "group model", "task": "group task", "device": "device", "dtype": "model.dtype"}
 ELSEWHERE |= {"split": "evaluation.split or split", "reward": "group reward", "alpha": "reward.alpha"}
 
+Settings = tuple[dict[str, Any], dict[str, Any]]  # as given, resolved; as the files declare them
 
-def check(cfg: DictConfig, command: str) -> None:
-    """Check the settings of a command, before any work.
+
+def check_names(cfg: DictConfig, command: str) -> Settings:
+    """Check that a command has the settings that it is given, and lacks none; imports nothing for it.
 
     Args:
         cfg: its configuration, composed. command: the name of its root config.
 
     Raises:
-        ValueError: a setting that nothing reads, that is missing, or that is of another type.
+        ValueError: a setting that no command has, or that is missing.
     """
     refuse_parts(HydraConfig.get().runtime.choices)
     known = declared(command)
@@ -58,7 +57,12 @@ def check(cfg: DictConfig, command: str) -> None:
         for group in TRAINED:
             given.pop(group, None)
             known.pop(group, None)
-    check_mapping("", given, known)
+    return given, known
+
+
+def check_values(settings: Settings) -> None:
+    """Check what the settings are, which imports whatever they name; ValueError for one that nothing takes."""
+    check_mapping("", *settings)
 
 
 def check_groups(cfg: DictConfig) -> None:
@@ -108,6 +112,18 @@ def composing() -> Iterator[None]:
             yield
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def chosen_names() -> set[str]:
+    """What the command line sets, such as ``env.block_length`` and ``task``."""
+    return {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+
+
+def refuse_chosen(names: Iterable[str], why: str) -> None:
+    """ValueError if the command line chooses one of these settings (or a part of one), which nothing would read."""
+    for chosen in sorted(chosen_names()):
+        if any(chosen == name or chosen.startswith(f"{name}.") for name in names):
+            raise ValueError(f"{chosen} is read by nothing here: {why}")
 
 
 # Values beside what the files declare
@@ -227,16 +243,22 @@ def resolved(annotation: Any, names: dict[str, Any]) -> Any:
 
 def environment() -> tuple[dict[str, Any], bool]:
     """The settings of the environment that the group env may hold."""
+    from dllm_gym.process.config import EnvConfig
+
     annotations, _ = parameters(EnvConfig)
     return {name: kind for name, kind in annotations.items() if name not in ELSEWHERE}, False
 
 
 def reward() -> tuple[dict[str, Any], bool]:
+    from dllm_gym.process.config import EnvConfig
+
     annotations, _ = parameters(EnvConfig)
     return {"reward": str, "alpha": annotations["alpha"]}, False
 
 
 def model() -> tuple[dict[str, Any], bool]:
+    from dllm_gym.models import load_dllm
+
     annotations, _ = parameters(load_dllm)
     return {name: kind for name, kind in annotations.items() if name != "device"}, False
 

@@ -6,27 +6,23 @@ python scripts/watch.py checkpoint=outputs/train/2026-01-01_12-00-00 gif=replay.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hydra
-import prelude  # noqa: F401  (before torch and agents)
-import torch
 from command import command
-from factory import (
-    make_envs,
-    policy_deciders,
-    prepare,
-    reads_preference,
-    refuse_a_range_that_nothing_reads,
-    refuse_chosen,
-    requirements,
-    take_over,
-)
 from omegaconf import DictConfig, OmegaConf
-from run_folder import load_policy
+from settings import refuse_chosen
 
 from dllm_gym.checks import flag, number, text, whole, writable
 from dllm_gym.checks import seed as check_seed
-from dllm_gym.noise import fold, uniform
 from dllm_gym.render import LEAST_FPS, MOST_FPS, Viewer, pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from agents.rollout import Decider
+    from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+    from dllm_gym.render import Frame
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -47,6 +43,17 @@ def check_settings(cfg: DictConfig) -> None:
 
 @command("watch")
 def main(cfg: DictConfig) -> None:
+    from factory import (
+        make_envs,
+        policy_deciders,
+        prepare,
+        reads_preference,
+        refuse_a_range_that_nothing_reads,
+        requirements,
+        take_over,
+    )
+    from run_folder import load_policy
+
     check_settings(cfg)
     decider = hydra.utils.instantiate(cfg.decider)
     if cfg.checkpoint is not None:
@@ -65,8 +72,21 @@ def main(cfg: DictConfig) -> None:
     example = whole("example", cfg.example, least=0, most=len(envs.core.examples) - 1)
     options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
     observation, _ = envs.reset(seed=cfg.seed, options=options)
-    viewer, frames, done = Viewer(fps=cfg.fps), [], False
     print(f"{decider} on example {example} of {cfg.split}\n")
+    frames = replay(envs, decider, observation, cfg)
+    if cfg.gif is not None:
+        save_gif([pixels(frame) for frame in frames], cfg.gif, cfg.fps)
+        print(f"written: {cfg.gif}")
+
+
+def replay(envs: DLLMUnmaskVectorEnv, decider: Decider, observation: dict[str, Tensor], cfg: DictConfig) -> list[Frame]:
+    """Decode and show one episode, step by step; returns what was shown."""
+    import torch
+
+    from dllm_gym.noise import fold, uniform
+
+    viewer, frames, done = Viewer(fps=cfg.fps), [], False
+    device = envs.device
     stream = fold(torch.full((1,), cfg.seed, dtype=torch.int64, device=device), 0)
     for step in range(envs.core.max_steps + 1):
         frames.append(envs.core.frame(0))
@@ -76,9 +96,7 @@ def main(cfg: DictConfig) -> None:
         action = decider(observation, uniform(stream, step, envs.core.L))
         observation, _, terminated, truncated, _ = envs.step(action)
         done = bool(terminated | truncated)
-    if cfg.gif is not None:
-        save_gif([pixels(frame) for frame in frames], cfg.gif, cfg.fps)
-        print(f"written: {cfg.gif}")
+    return frames
 
 
 def save_gif(pictures: list, path: str, fps: float) -> None:

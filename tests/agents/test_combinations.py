@@ -40,9 +40,9 @@ class Checksum(Sudoku):
 def scripts():
     sys.path.insert(0, str(ROOT / "scripts"))
     import factory
-    import train
+    import training
 
-    yield factory, train
+    yield factory, training
     sys.path.remove(str(ROOT / "scripts"))
 
 
@@ -56,13 +56,13 @@ def envs():
 
 def two_updates(scripts, envs, *overrides):
     """Metrics of two rounds of a composed configuration, and the policy."""
-    shared, train = scripts
+    shared, training = scripts
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = compose("train", list(overrides))
     torch.manual_seed(0)
     policy = shared.make_policy(cfg, torch.device("cpu"))
     before = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    learner = train.make_learner(cfg, policy)
+    learner = training.make_learner(cfg, policy)
     collector = Collector(envs, Prompts(50, 0), 0, 3, 3)
     for _ in range(2):
         episodes = collector.collect(learner.algorithm, learner.player)

@@ -20,8 +20,8 @@ from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.unmasking import Unmasking
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-from benchmark import turns  # noqa: E402
 from benchmarking.lockstep import Decoded, lockstep  # noqa: E402
+from benchmarking.measuring import turns  # noqa: E402
 from benchmarking.workloads import RandomLLaDA, RandomPrompts  # noqa: E402
 
 

@@ -549,8 +549,10 @@ def test_several_processes_are_refused_by_name(place, monkeypatch):
 def test_a_replay_needs_neither_unicode_nor_a_patient_reader(place):
     plain = process("watch.py fps=1000", LANG="C", LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert plain.returncode == 0 and plain.stdout.isascii() and "NFE 1" in plain.stdout and not plain.stderr
-    closed = process("watch.py fps=1000 | head -1")
-    assert closed.stdout.startswith("threshold(0.9)") and closed.stderr == "" and closed.returncode in (0, 141)
+    closed = process("watch.py fps=1000 | head -2")
+    first, second = closed.stdout.splitlines()
+    assert first == "watch: model=tiny, task=sudoku" and second.startswith("threshold(0.9)")
+    assert closed.stderr == "" and closed.returncode in (0, 141)
 
 
 def test_help_and_the_composed_configuration_are_still_shown(place):

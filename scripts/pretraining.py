@@ -1,0 +1,239 @@
+"""What scripts/pretrain_tiny.py does: tokenizer, model, masks, loss and the stages of the training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import hydra
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dllm_gym.checks import number, text, whole
+from dllm_gym.checks import seed as check_seed
+from dllm_gym.models.base import DLLM
+from dllm_gym.models.families.llada import REQUIRED, llada_weights, llama_config
+from dllm_gym.tasks.base import ProceduralTask
+
+EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
+CHARACTERS = "\n #+-.0123456789;="
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate([EOS, MASK, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, mask_token=MASK, clean_up_tokenization_spaces=False
+    )
+
+
+def build_dllm(architecture: DictConfig) -> tuple[LlamaForCausalLM, DLLM]:
+    """A fresh Llama to train, and the frozen dLLM's view of the same weights (same tensors)."""
+    tokenizer = build_tokenizer()
+    raw = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        **REQUIRED,
+        **OmegaConf.to_container(architecture),
+        "vocab_size": len(tokenizer),
+        "embedding_size": len(tokenizer),
+        "weight_tying": False,
+        "include_qkv_bias": False,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = LlamaForCausalLM(llama_config(raw))
+    dllm = DLLM(model.model, model.lm_head, tokenizer, raw)
+    model.requires_grad_(True)
+    return model, dllm
+
+
+def random_masks(answer_length: Tensor, length: int, left_to_right: float) -> Tensor:
+    """Which completion positions to mask.
+
+    Args:
+        answer_length: int64 [B], tokens before the EOS tail. length: L.
+        left_to_right: share of rows that are clean left of a random cut, masked at random in a window of at most 12
+            behind it and fully masked after that; the others are masked at a uniform rate everywhere.
+
+    Returns:
+        bool [B, L], at least one position per row.
+    """
+    B = len(answer_length)
+    rate = ((torch.randperm(B) + torch.rand(B)) / B)[:, None]  # stratified over the batch
+    uniform = torch.rand(B, length) < rate
+    position = torch.arange(length)
+    cut = (torch.rand(B) * (answer_length + 1)).long()[:, None]
+    window = torch.randint(1, 13, (B, 1))
+    blockwise = (position >= cut) & (uniform | (position >= cut + window))
+    masks = torch.where(torch.rand(B, 1) < left_to_right, blockwise, uniform)
+    masks[:, 0] |= ~masks.any(1)
+    return masks
+
+
+def sample_batch(lesson: DictConfig, task: ProceduralTask, dllm: DLLM, rng: random.Random, step: int) -> tuple:
+    """Prompts [B, P], completions [B, L] with their EOS tail, and answer lengths [B], from the training split."""
+    longest = task.max_operations if lesson.ramp else 0
+    now = min(longest, 1 + longest * step // lesson.ramp) if lesson.ramp else 0
+    examples = []
+    while len(examples) < lesson.batch_size:
+        example = task.draw(rng, "train")
+        if not lesson.ramp or len(example["chain"]) // 2 <= now:
+            examples.append(example)
+    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples])
+    answers = [dllm.encode(task.solution(e)) for e in examples]
+    tails = [a + [dllm.eos_id] * (task.gen_length - len(a)) for a in answers]
+    return prompts, torch.tensor(tails), torch.tensor([len(a) for a in answers])
+
+
+def denoising_loss(model: LlamaForCausalLM, dllm: DLLM, batch: tuple, masks: Tensor, eos_weight: float) -> Tensor:
+    """Weighted cross-entropy over masked positions; a row with m of them counts as sqrt(m)."""
+    prompts, completions, _ = batch
+    noisy = torch.cat([prompts, torch.where(masks, dllm.mask_id, completions)], 1)  # (B, P + L)
+    hidden = model.model(noisy, use_cache=False).last_hidden_state[:, prompts.shape[1] :]
+    loss = F.cross_entropy(model.lm_head(hidden[masks]), completions[masks], reduction="none")
+    weight = torch.where(completions == dllm.eos_id, eos_weight, 1.0) / masks.sum(1, keepdim=True).sqrt()
+    return (weight[masks] * loss).sum() / weight[masks].sum()
+
+
+@torch.no_grad()
+def decode_score(task: ProceduralTask, dllm: DLLM, block_length: int, count: int) -> float:
+    """Mean grade on validation examples, one token per step, most confident first."""
+    examples = list(task.examples("validation").select(range(count)))
+    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples])
+    tokens = torch.cat([prompts, torch.full((count, task.gen_length), dllm.mask_id)], 1)  # (B, P + L)
+    row = torch.arange(count)
+    for step in range(task.gen_length):
+        start = prompts.shape[1] + step // block_length * block_length
+        rows = tokens == dllm.mask_id
+        rows[:, start + block_length :] = False
+        prediction = dllm.predict(tokens, None, rows)
+        confidence = torch.zeros(tokens.shape).masked_scatter(rows, prediction.confidence)
+        proposal = torch.zeros_like(tokens).masked_scatter(rows, prediction.token)
+        best = confidence.argmax(1)
+        tokens[row, best] = proposal[row, best]
+    texts = [dllm.decode(completion) for completion in tokens[:, prompts.shape[1] :].tolist()]
+    return sum(map(task.grade, examples, texts)) / count
+
+
+def save_checkpoint(model: LlamaForCausalLM, dllm: DLLM, folder: Path) -> None:
+    """Config, weights and tokenizer the way LLaDA publishes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dllm.config, indent=2) + "\n")
+    save_file(llada_weights(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    dllm.tokenizer.save_pretrained(folder)
+
+
+def build_optimizers(model: LlamaForCausalLM, cfg: DictConfig, stage: DictConfig) -> list[tuple]:
+    """(optimizer, schedule) of the matrices and of the rest: warm-up, constant, linear cooldown."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    optimizers = [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW(others, **settings),
+    ]
+
+    def factor(step: int) -> float:
+        return min(1, (step + 1) / cfg.warmup, (stage.steps - step) / max(stage.cooldown, 1))
+
+    return [(o, torch.optim.lr_scheduler.LambdaLR(o, factor)) for o in optimizers]
+
+
+class LearningCurve:
+    """learning_curve.csv: mean loss since the last line and score on validation examples, per task."""
+
+    def __init__(self, path: Path, cfg: DictConfig, lessons: list[tuple]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.cfg, self.lessons = path.open("w", newline=""), cfg, lessons
+        self.writer = csv.writer(self.file)
+        names = [task.name for _, task in lessons]
+        self.writer.writerow(["step", *(f"loss/{n}" for n in names), *(f"score/{n}" for n in names)])
+        self.losses: list[list[float]] = [[] for _ in lessons]
+
+    def write(self, step: int, dllm: DLLM) -> None:
+        losses = [sum(values) / len(values) for values in self.losses]
+        count = self.cfg.evaluate_examples
+        scores = [decode_score(task, dllm, lesson.block_length, count) for lesson, task in self.lessons]
+        self.writer.writerow([step, *(f"{value:.4f}" for value in (*losses, *scores))])
+        self.file.flush()
+        self.losses = [[] for _ in self.lessons]
+
+
+def run_stage(cfg: DictConfig, index: int, model: LlamaForCausalLM, dllm: DLLM, curve: LearningCurve) -> None:
+    """Train through one stage, writing the curve and the checkpoint as it goes."""
+    stage, before = cfg.stages[index], sum(s.steps for s in cfg.stages[:index])
+    if index:
+        torch.manual_seed(cfg.seed + index)  # the first stage goes on from the initialisation
+    rng = random.Random(cfg.seed + index)
+    optimizers = build_optimizers(model, cfg, stage)
+    for step in track(range(before, before + stage.steps), f"stage {index + 1}/{len(cfg.stages)}"):
+        for i, (lesson, task) in enumerate(curve.lessons):
+            batch = sample_batch(lesson, task, dllm, rng, step)
+            masks = random_masks(batch[2], task.gen_length, lesson.left_to_right)
+            loss = denoising_loss(model, dllm, batch, masks, cfg.eos_weight)
+            loss.backward()
+            curve.losses[i].append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (step + 1) % cfg.evaluate_every == 0 or step + 1 == before + stage.steps:
+            curve.write(step + 1, dllm)
+            save_checkpoint(model, dllm, Path(cfg.save_to))
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError for a setting that makes no sense, before any work."""
+    check_seed("seed", cfg.seed)
+    whole("threads", cfg.threads, most=1024)
+    for name in ("warmup", "evaluate_every", "evaluate_examples"):
+        whole(name, cfg[name])
+    for name in ("learning_rate", "weight_decay", "eos_weight"):
+        number(name, cfg[name], least=0)
+    number("max_grad_norm", cfg.max_grad_norm, above=0)
+    if "://" in text("save_to", cfg.save_to):
+        raise ValueError(f"save_to={cfg.save_to!r}: need a local folder")
+    for i, stage in enumerate(cfg.stages):
+        whole(f"stages[{i}].steps", stage.steps)
+        whole(f"stages[{i}].cooldown", stage.cooldown, least=0, most=stage.steps)
+    if not cfg.stages or not cfg.lessons:
+        raise ValueError(f"stages={cfg.stages}, lessons={cfg.lessons}: need at least one of each")
+    for i, lesson in enumerate(cfg.lessons):
+        check_lesson(f"lessons[{i}]", lesson)
+    for name, value in cfg.architecture.items():
+        (number if name in ("rope_theta", "rms_norm_eps") else whole)(
+            f"architecture.{name}", value, 1e-12 if name == "rms_norm_eps" else 1
+        )
+
+
+def check_lesson(path: str, lesson: DictConfig) -> None:
+    for name in ("batch_size", "block_length"):
+        whole(f"{path}.{name}", lesson[name])
+    number(f"{path}.left_to_right", lesson.left_to_right, least=0, most=1)
+    whole(f"{path}.ramp", lesson.ramp, least=0)
+
+
+def pretrain(cfg: DictConfig) -> None:
+    """Train through all stages and write the checkpoint."""
+    check_settings(cfg)
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    lessons = [(lesson, hydra.utils.instantiate(lesson.task)) for lesson in cfg.lessons]
+    model, dllm = build_dllm(cfg.architecture)
+    curve = LearningCurve(Path(cfg.save_to).parent / "learning_curve.csv", cfg, lessons)
+    for index in range(len(cfg.stages)):
+        run_stage(cfg, index, model, dllm, curve)

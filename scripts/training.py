@@ -1,0 +1,407 @@
+"""What scripts/train.py does: a run from its checkpoint or from the start, round by round, then its report."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+import torch
+from command import console as make_console
+from factory import (
+    check_evaluation,
+    heuristics,
+    make_envs,
+    make_evaluation_envs,
+    make_policy,
+    policy_deciders,
+    policy_rewards,
+    prepare,
+    refuse_a_range_that_nothing_reads,
+    report,
+    requirements,
+)
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from run_folder import RunFolder, load_config, load_policy, load_run, naming
+from settings import chosen_names
+from tqdm import tqdm
+
+from agents.algorithm import Algorithm
+from agents.rollout import evaluate
+from agents.runs.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
+from agents.runs.strangers import Refused
+from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
+from dllm_gym.checks import number, text, whole
+from dllm_gym.checks import seed as check_seed
+from dllm_gym.deciders.player import PolicyDecider, make_actor
+from dllm_gym.deciders.policy import Policy
+from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+from dllm_gym.process.unmasking import MOST_LANES
+
+LOGGERS = {"torchrl.record.WandbLogger": "wandb", "torchrl.record.TensorboardLogger": "tensorboard"}
+FREE = ("rounds", "num_envs", "checkpoint_every", "checkpoint_minutes", "checkpoints", "device", "threads")
+FREE += ("evaluation", "heuristics", "logger", "resume", "trust")  # what a resumed run may choose anew
+
+
+def resumed(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | None:
+    """The configuration and checkpoint to go on from; None: the run begins.
+
+    Raises:
+        ValueError: there is no such run, or it cannot be used; or the folder holds another run.
+    """
+    if cfg.resume is None:
+        run.refuse_another_run()
+        return None
+    if cfg.resume == "auto":
+        return newest(cfg, run)
+    with naming("resume", cfg.resume):
+        saved, checkpoint = load_run(cfg.resume, cfg)
+        if checkpoint.run.resolve() != run.path.resolve():
+            run.refuse_another_run()
+        else:
+            Checkpoints(run.path).refuse_later(checkpoint.number)
+    return saved, checkpoint
+
+
+def newest(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | None:
+    """The newest whole checkpoint of the run in this folder; None if there is no checkpoint yet."""
+    every = Checkpoints(run.path).all()
+    if not every:
+        return None
+    with naming("resume", cfg.resume):
+        checkpoint = next(Checkpoints(run.path).whole(), None)
+        if checkpoint is None:
+            every[-1].check()
+        for damaged in every[every.index(checkpoint) + 1 :]:
+            print(f"{damaged.path} is damaged; going on from {checkpoint}")
+        try:
+            return load_config(run.path / CONFIG, cfg), checkpoint
+        except Refused:
+            raise
+        except ValueError as error:
+            print(f"{error}; going on with that of {checkpoint}")
+            return load_config(checkpoint.config, cfg), checkpoint
+
+
+def go_on(cfg: DictConfig, saved: DictConfig) -> None:
+    """Let a resumed run be the run that it resumes: only what does not change the learning may be chosen anew.
+
+    Args:
+        saved: the configuration of the run that is resumed.
+
+    Raises:
+        ValueError: the command line changes another setting.
+    """
+    chosen = chosen_names()
+    for name in saved:
+        if OmegaConf.is_config(saved[name]) and OmegaConf.is_config(cfg.get(name)):
+            saved[name] = with_new_settings(saved[name], cfg[name])
+        if name in FREE:
+            if not any(n.partition(".")[0] == name for n in (*chosen, "resume", "trust")):
+                cfg[name] = saved[name]
+        elif any(n.partition(".")[0] == name for n in chosen) and not same(cfg.get(name), saved[name]):
+            raise ValueError(f"resume={cfg.resume!r}: {name} differs from the run's own; only {', '.join(FREE)} may")
+        else:
+            OmegaConf.update(cfg, name, saved[name], merge=False, force_add=True)
+    steps = "agent.algorithm.scheduler.num_training_steps"
+    if OmegaConf.select(cfg, steps) == saved.get("rounds"):  # the schedule that ends with the run still does
+        OmegaConf.update(cfg, steps, cfg.rounds)
+    if cfg.logger and "log_dir" in cfg.logger and not any(n.partition(".")[0] == "logger" for n in chosen):
+        cfg.logger.log_dir = f"{HydraConfig.get().runtime.output_dir}/logs"  # the saved one is where the run lay once
+
+
+def with_new_settings(saved: Any, today: Any) -> Any:
+    """Saved settings, and those that have come up since the run was saved."""
+    if (
+        not isinstance(saved, DictConfig)
+        or not isinstance(today, DictConfig)
+        or saved.get("_target_") != today.get("_target_")
+    ):
+        return saved
+    return OmegaConf.merge({name: value for name, value in today.items() if name not in saved}, saved)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two parts of configurations say the same, once resolved; the schedule's length goes with the rounds."""
+    texts = []
+    for part in (one, other):
+        plain = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+        if isinstance(plain, dict):
+            plain.get("algorithm", {}).get("scheduler", {}).pop("num_training_steps", None)
+            plain = {key: value for key, value in plain.items() if key != "hidden_size"}  # null is the model's own
+        texts.append(plain)
+    return texts[0] == texts[1]
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM: what runs is stopped at once, but a round (``with stop.after_this:``) is done to its end.
+
+    Attributes:
+        asked: the signal that came during a round, else None; a second one stops that as well.
+        code: the exit code that says which signal it was.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.code = 128 + signal.SIGINT
+        self.in_round = False
+
+    def __enter__(self) -> Interrupt:
+        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.code = 128 + number
+        if self.asked is not None or not self.in_round:
+            raise KeyboardInterrupt
+        self.asked = number
+        tqdm.write("interrupted: the round that runs is finished and saved first; once more to stop at once")
+
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """What is done to its end."""
+        self.in_round = True
+        try:
+            yield
+        finally:
+            self.in_round = False
+
+    def __exit__(self, *_: Any) -> None:
+        for signal_number, handler in self.before.items():
+            signal.signal(signal_number, handler)
+
+
+@dataclass
+class Learner:
+    """What learns: the network, the algorithm that trains it, and the player that it is while it learns."""
+
+    policy: Policy
+    algorithm: Algorithm
+    player: PolicyDecider
+
+
+def make_learner(cfg: DictConfig, policy: Policy) -> Learner:
+    """The algorithm on a policy; ValueError for a combination that makes no sense."""
+    distribution = hydra.utils.instantiate(cfg.distribution)
+    actor = make_actor(policy, distribution.train, distribution.temperature)
+    make_algorithm = hydra.utils.instantiate(cfg.agent.algorithm, _convert_="all")
+    try:
+        algorithm = make_algorithm(actor)
+    except TypeError as error:  # an argument that it hands on, to the descent, the optimizer or the schedule
+        raise ValueError(f"agent.algorithm: {error}") from error
+    player = PolicyDecider(policy, distribution.train, distribution.temperature)
+    algorithm.players(player, cfg.agent.group_size)
+    if cfg.agent.max_batches > 1 and not algorithm.compares:
+        raise ValueError(
+            f"agent.max_batches={cfg.agent.max_batches}: {type(algorithm).__name__} learns from groups with equal "
+            "rewards, too; only agents that compare within a group may replace them"
+        )
+    return Learner(policy, algorithm, player)
+
+
+@dataclass
+class Start:
+    """Where a training begins.
+
+    Attributes:
+        progress: ``rounds`` that are done, and ``prompts`` that were taken for them.
+        rows: the metrics of these rounds. here: whether the folder of this run holds them.
+    """
+
+    progress: dict[str, int]
+    rows: list[dict[str, str]]
+    here: bool
+
+    @classmethod
+    def of(cls, source: Checkpoint | None, algorithm: Algorithm, device: torch.device, run: RunFolder) -> Start:
+        progress = load_state(source, algorithm, device)
+        here = source is not None and source.run.resolve() == run.path.resolve()
+        return cls(progress, rounds_before(source, progress["rounds"]), here)
+
+    def take_place(self, saver: Saver, rounds: int, run: RunFolder) -> None:
+        """Put away what the folder holds of later rounds, which come again."""
+        if self.here:
+            Checkpoints(run.path).set_aside(self.progress["rounds"])
+            saver.last = self.progress["rounds"]
+        if self.progress["rounds"] < rounds:
+            run.drop_results()
+
+
+def rounds_before(source: Checkpoint | None, count: int) -> list[dict[str, str]]:
+    """The metrics of the rounds before a checkpoint; says which are missing there."""
+    if source is None:
+        return []
+    rows, missing = read_rounds(source.metrics, count)
+    if missing:
+        print(f"{source.metrics} lacks rounds {', '.join(map(str, missing))}: so does the {METRICS} of this run")
+    return rows
+
+
+def validation(cfg: DictConfig, device: torch.device, policy: Policy) -> Callable[[], float] | None:
+    """The policy's mean reward, sampled, on the first examples of the validation split; None where there is none."""
+    if cfg.checkpoints.validation is None:
+        return None
+    deciders = [d for d in policy_deciders(policy, cfg).values() if not d.greedy]
+    settings = {"num_envs": cfg.num_envs, "split": "validation", **requirements(deciders)}
+    try:
+        envs = make_envs(cfg, device, **settings)
+    except ValueError as error:
+        print(f"no checkpoint will be the best one, for want of validation examples: {error}")
+        return None
+    each = max(1, min(cfg.checkpoints.validation, len(envs.core.examples)) // len(deciders))
+
+    def reward() -> float:
+        results = [evaluate(envs, d, range(each), cfg.seed, getattr(d, "alpha", None)).reward for d in deciders]
+        return float(torch.cat(results).mean())
+
+    return reward
+
+
+@dataclass
+class Due:
+    """When the next checkpoint is due: after so many rounds (``every``) or, if set, ``minutes``."""
+
+    every: int
+    minutes: float | None
+
+    def __post_init__(self) -> None:
+        self.last = time.monotonic()
+
+    def now(self, rounds: int) -> bool:
+        late = self.minutes is not None and time.monotonic() - self.last >= 60 * self.minutes
+        if due := late or rounds % self.every == 0:
+            self.last = time.monotonic()
+        return due
+
+
+def train(
+    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, learner: Learner, saver: Saver, start: Start, stop: Interrupt
+) -> bool:
+    """The training loop: roll out, update, log, save. Returns False if the user broke it off (with a checkpoint)."""
+    progress = start.progress
+    prompts = Prompts(len(envs.core.examples), cfg.seed, progress["prompts"])
+    counts = {name: cfg.agent[name] for name in ("group_size", "max_batches")}
+    collector = Collector(envs, prompts, cfg.seed, cfg.prompts_per_round, **counts)
+    logger = hydra.utils.instantiate(cfg.logger) if cfg.logger else None
+    due = Due(cfg.checkpoint_every, cfg.checkpoint_minutes)
+    with tqdm(total=cfg.rounds, initial=progress["rounds"], desc="training", unit="round") as bar:
+        metrics = Metrics(saver.run / METRICS, bar, logger, start.rows)
+        for round_ in range(progress["rounds"], cfg.rounds):
+            with stop.round():
+                began = time.perf_counter()
+                episodes = collector.collect(learner.algorithm, learner.player)
+                update = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
+                seconds = time.perf_counter() - began
+                metrics.log(
+                    round_, episodes.results, {**update, "equal_groups": collector.equal_groups, "seconds": seconds}
+                )
+                bar.update()
+                progress = {"rounds": round_ + 1, "prompts": prompts.taken}
+                if due.now(round_ + 1) or stop.asked is not None or round_ + 1 == cfg.rounds:
+                    saver.save(progress)
+            if stop.asked is not None:
+                return False
+        with stop.round():
+            saver.save(progress)  # a run without rounds of its own in a folder of its own
+    return True
+
+
+def warm_start(cfg: DictConfig, policy: Policy) -> None:
+    """Begin from the policy of another run (of agent=imitation, say)."""
+    if cfg.agent.warm_start is None:
+        return
+    trained, _ = load_policy(cfg.agent.warm_start, cfg, "agent.warm_start")
+    if type(trained) is not type(policy) or trained.settings != policy.settings:
+        raise ValueError(
+            f"agent.warm_start={cfg.agent.warm_start!r}: its policy is {type(trained).__name__}({trained.settings}), "
+            f"this run's {type(policy).__name__}({policy.settings})"
+        )
+    policy.load_state_dict(trained.state_dict())
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError for a count that is none, before any work."""
+    for name in ("rounds", "prompts_per_round", "checkpoint_every"):
+        whole(name, cfg[name])
+    whole("num_envs", cfg.num_envs, most=MOST_LANES)
+    if cfg.max_prompt_length is not None:
+        whole("max_prompt_length", cfg.max_prompt_length)
+    if cfg.agent.warm_start is not None:
+        text("agent.warm_start", cfg.agent.warm_start)
+    check_logger(cfg.logger)
+    for name in ("group_size", "max_batches"):
+        whole(f"agent.{name}", cfg.agent[name])
+    whole("checkpoints.keep", cfg.checkpoints.keep)
+    if cfg.checkpoints.validation is not None:
+        whole("checkpoints.validation", cfg.checkpoints.validation)
+    if cfg.checkpoint_minutes is not None:
+        number("checkpoint_minutes", cfg.checkpoint_minutes, above=0)
+    check_seed("seed", cfg.seed)
+    check_evaluation(cfg)
+
+
+def check_logger(logger: DictConfig) -> None:
+    """ValueError for a logger whose package is not installed: it is made only when the training begins."""
+    package = LOGGERS.get(logger.get("_target_", "")) if logger else None
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(f"logger={package} needs the package {package}: pip install 'dllm_gym[{package}]'")
+
+
+def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> float | None:
+    """Train and evaluate in a folder; None if the training was broken off. Nothing is written before all is checked."""
+    if cfg.resume is not None:
+        text("resume", cfg.resume)
+    source = resumed(cfg, run)
+    if source is not None:
+        go_on(cfg, source[0])
+    check_settings(cfg)
+    device = prepare(cfg)
+    torch.manual_seed(cfg.seed)
+    policy = make_policy(cfg, device)
+    if source is None:
+        warm_start(cfg, policy)
+    learner = make_learner(cfg, policy)
+    settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
+    envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
+    deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
+    refuse_a_range_that_nothing_reads(cfg, deciders.values())
+    test_envs = make_evaluation_envs(cfg, device, deciders)
+    start = Start.of(source and source[1], learner.algorithm, device, run)
+    saver = Saver(run.path, policy, learner.algorithm, cfg.checkpoints.keep, validation(cfg, device, policy))
+    start.take_place(saver, cfg.rounds, run)
+    run.begin()
+    if not train(cfg, envs, learner, saver, start, stop):
+        return None
+    rows = report(cfg, test_envs, deciders, run, console)
+    return max(policy_rewards(rows).values())  # what Hydra's optimising sweepers maximise
+
+
+def told(run: RunFolder) -> str:
+    """How to go on with what is saved in a folder, if anything is."""
+    last = next(Checkpoints(run.path).whole(), None)
+    if last is None:
+        return "stopped before anything was saved"
+    return f"interrupted; {last} is saved: go on with resume=auto hydra.run.dir={run.path}"
+
+
+def train_and_report(cfg: DictConfig) -> float:
+    """Train and evaluate in the run folder; returns the policy's best mean reward, or exits if it is broken off."""
+    console = make_console()
+    with Interrupt() as stop, RunFolder(cfg) as run:
+        try:
+            reward = run_in(cfg, run, stop, console)
+        except KeyboardInterrupt:
+            reward = None
+        if reward is None:
+            console.print(told(run), soft_wrap=True)
+            sys.exit(stop.code)
+    return reward
