@@ -26,7 +26,7 @@ ONE_LINE = (ValueError, OSError, MemoryError, HydraException, OmegaConfBaseExcep
 NO_MEMORY = ("not enough memory", "can't allocate memory")  # RuntimeErrors of torch on a CPU
 
 GROUPS = ("experiment", "model", "task", "agent")  # whose choices the first line names, and the settings that it names
-INPUTS = ("checkpoint", "resume", "runs", "results", "measure")
+INPUTS = ("checkpoint", "resume", "runs", "results", "folder", "measure")
 
 Work = Callable[[DictConfig], Any]
 
@@ -73,8 +73,8 @@ def first_line(cfg: DictConfig, name: str) -> str:
     """What is started, on what, and where: shown before the seconds that the imports take."""
     hydra_config = HydraConfig.get()
     inputs = {key: cfg[key] for key in INPUTS if cfg.get(key) is not None}
-    choices = {} if "checkpoint" in inputs else hydra_config.runtime.choices  # the checkpoint brings its own
-    chosen = {group: choices[group] for group in GROUPS if choices.get(group)} | inputs
+    own = {} if {"checkpoint", "measure"} & set(inputs) else hydra_config.runtime.choices  # they bring their own
+    chosen = {group: own[group] for group in GROUPS if own.get(group)} | inputs
     folder = Path(hydra_config.runtime.output_dir)
     where = "" if folder == Path.cwd() else f" in {os.path.relpath(folder) if Path.cwd() in folder.parents else folder}"
     return f"{name}: {', '.join(f'{key}={value}' for key, value in chosen.items())}{where}"
