@@ -42,15 +42,15 @@ class SignGradient(Algorithm):
         return self.descent.run(pack(batch, summed=True))
 
 
-def main(rounds: int = 10) -> list[float]:
+def main(rounds: int = 8, lr: float = 5e-3) -> list[float]:
     """The mean reward of every round."""
     torch.manual_seed(0)
     policy = DiTConfidence(width=64, ffn=128, absolute_positions=True)
-    algorithm = SignGradient(make_actor(policy, ZeroTruncatedBernoulli), partial(AdamW, lr=2e-3))
+    algorithm = SignGradient(make_actor(policy, ZeroTruncatedBernoulli), partial(AdamW, lr=lr))
     player = PolicyDecider(policy, ZeroTruncatedBernoulli)
     env = DLLMUnmaskVectorEnv(num_envs=64, task="sudoku", alpha=1.0)
     prompts = Prompts(len(env.core.examples), seed=0)
-    collector = Collector(env, prompts, seed=0, prompts_per_round=16, group_size=8)
+    collector = Collector(env, prompts, seed=0, prompts_per_round=8, group_size=8)
     rewards = []
     for number in range(rounds):
         episodes = collector.collect(algorithm, player)

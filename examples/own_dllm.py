@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path) -> Path:
 def play(model: str | Path) -> tuple[str, dict]:
     """The completion of one puzzle and how the episode ended."""
     env = gym.make("DLLMUnmask-v0", model=str(model))
-    observation, info = env.reset(options={"examples": 3})
+    observation, info = env.reset(options={"examples": 9})
     while "episode" not in info:
         sure = observation["confidence"][:, 0] * observation["action_mask"]
         observation, reward, terminated, truncated, info = env.step(sure >= min(0.9, sure.max()))

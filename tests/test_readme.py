@@ -1,44 +1,196 @@
-"""The Python in README.md runs as it stands there."""
+"""README.md and docs/: every block of code runs or composes, every link leads somewhere, figures are the table's.
+
+Blocks of Python are executed, the blocks of a page one after the other in an empty folder; two kinds are not:
+
+- one whose first line is ``# examples/...`` stands in that file word for word (the tests run the file);
+- one marked ``python hub`` downloads weights: it compiles, and what it imports is there.
+
+Commands in blocks of bash are composed and their settings checked, as the command itself does before any work.
+"""
 
 from __future__ import annotations
 
-import json
+import ast
+import csv
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_real_runs import llada  # noqa: F401  (a fixture)
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-import dllm_gym.models.load as loading
-from dllm_gym import tasks
-from dllm_gym.models import load_dllm
-
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    """What the README registers is gone after the test."""
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    monkeypatch.setattr(loading, "FAMILIES", dict(loading.FAMILIES))
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)\s]+)\)")
+INLINE = re.compile(r"`((?:\w+=\S+ )?python (?:scripts|examples)/[^`]+)`")
+SHOWN_ONLY = ("--cfg", "--hydra-help", "--help", "-sc")  # Hydra answers these itself
 
 
-def test_the_environment_is_used_as_shown(capsys):
-    exec(BLOCKS[0], {})
-    assert "'score'" in capsys.readouterr().out
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """Marks and text of a page's blocks in a language."""
+    return [(marks.strip(), text) for kind, marks, text in BLOCK.findall(page.read_text()) if kind == language]
 
 
-def test_a_task_and_a_family_of_ones_own_are_added_as_shown(tmp_path, monkeypatch, registered, llada):  # noqa: F811
+def with_blocks(language: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def excerpt_of(text: str) -> Path | None:
+    """The file that a block is a part of, as its first line says."""
+    found = re.match(r"# (examples/\S+)\n", text)
+    return ROOT / found[1] if found else None
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = "".join(f"Land{i},City{i}\n" for i in range(40))
-    Path("capitals.csv").write_text("country,capital\n" + rows)
-    Path("checkpoints/mine").mkdir(parents=True)
-    Path("checkpoints/mine/config.json").write_text(json.dumps({"model_type": "my_family"}))
-    Path("checkpoints/mine/model.safetensors").touch()  # MyDLLM reads it, or does not
-    dllm = load_dllm(llada)
-    names = {"MyDLLM": lambda folder: dllm}
-    exec("import gymnasium as gym\n" + BLOCKS[1], names)
-    env = names["env"]
-    observation, _ = env.reset(seed=0)
-    assert observation["mask"].shape == (16,) and env.unwrapped.core.dllm is dllm
-    assert len([line for line in BLOCKS[1].splitlines() if line.strip()]) <= 15
+    names: dict = {}
+    for marks, text in blocks(page, "python"):
+        source = excerpt_of(text)
+        if source is not None:
+            assert text.partition("\n")[2].rstrip() in source.read_text(), f"{name(page)} is not what {source} says"
+        elif marks == "hub":
+            tree = ast.parse(text)
+            tree.body = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
+            exec(compile(tree, name(page), "exec"), {})
+        else:
+            assert not marks, f"{name(page)}: nobody knows what a block marked {marks!r} is"
+            exec(compile(text, name(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"), ids=name)
+def test_the_settings_of_a_page_are_those_of_the_file(page):
+    for _, text in blocks(page, "yaml"):
+        source, settings = excerpt_of(text), yaml.safe_load(text)
+        assert settings and (source is None or settings == yaml.safe_load(source.read_text()))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a shell script, each as its words; comments are gone."""
+    found: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            found.append(words[:end])
+            words = words[end + 1 :]
+    return found
+
+
+def told(page: Path) -> list[list[str]]:
+    """The commands that a page tells a reader to type, in its blocks and in its sentences."""
+    scripts = [text for _, text in blocks(page, "bash")] + INLINE.findall(page.read_text())
+    return [command for text in scripts for command in commands(text)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if told(page)], ids=name)
+def test_the_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    for command in told(page):
+        check_command(command, monkeypatch)
+
+
+def check_command(words: list[str], monkeypatch) -> None:
+    """Fails for a command that would end with an error before it does any work."""
+    while "=" in words[0] and words[0].partition("=")[0].isupper():
+        variable, _, value = words.pop(0).partition("=")
+        assert variable != "PYTHONPATH" or (ROOT / value).is_dir()
+        monkeypatch.syspath_prepend(ROOT / value)
+    match words:
+        case ["python", path, *arguments] if path.startswith("scripts/"):
+            assert (ROOT / path).is_file()
+            check_settings(Path(path).stem, arguments)
+        case ["python", path, *arguments] if path.startswith("examples/"):
+            assert (ROOT / path).is_file() and not arguments
+        case ["pip", "install", "-e", what]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert set(filter(None, what.removeprefix(".").strip("[]").split(","))) <= set(extras)
+        case ["eval", inner]:
+            check_command(shlex.split(inner.removeprefix("$(").removesuffix(")")), monkeypatch)
+        case _:
+            assert words in (["pytest"],), f"nobody checks the command {words}"
+
+
+def check_settings(script: str, arguments: list[str]) -> None:
+    from settings import check
+
+    if any(argument in SHOWN_ONLY for argument in arguments):
+        return
+    folders = []
+    if "--config-dir" in arguments:
+        at = arguments.index("--config-dir")
+        folders = [f"hydra.searchpath=['file://{ROOT / arguments[at + 1]}']"]
+        arguments = arguments[:at] + arguments[at + 2 :]
+    sweep = "-m" in arguments
+    for job in jobs([argument for argument in arguments if argument != "-m"], sweep):
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            cfg = compose(script, [*job, *folders], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+        try:
+            settings = cfg.copy()
+            del settings.hydra
+            check(settings, script)
+        finally:
+            HydraConfig.instance().cfg = None
+
+
+def jobs(arguments: list[str], sweep: bool) -> list[list[str]]:
+    """Jobs of a command, in which every value of a sweep comes up at least once."""
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [argument]
+        for argument, override in zip(arguments, OverridesParser.create().parse_overrides(arguments), strict=True)
+    ]
+    count = max(map(len, choices), default=1)
+    assert sweep == (count > 1), f"{arguments}: several values, and no -m (or the other way round)"
+    return [[values[job % len(values)] for values in choices] for job in range(count)]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links to them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name(page)} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{name(page)} links to {link}"
+
+
+def test_every_page_can_be_found_from_the_readme():
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall((ROOT / "README.md").read_text())}
+    assert set(PAGES) <= linked | {ROOT / "README.md"}
+
+
+def test_the_readme_is_short_and_its_figures_are_those_of_the_main_job():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    with (ROOT / "docs" / "main_job_results.csv").open() as file:
+        results = {row["name"]: (float(row["accuracy"]), float(row["nfe"])) for row in csv.DictReader(file)}
+    names = {"learned policy, greedy": "policy(greedy)", "learned policy, sampled": "policy(sampled)"}
+    names |= {"most confident first, one at a time": "top_k(1)"}
+    rows = re.findall(r"^\| ([^|]+) \| (\d[\d.]*) \| (\d[\d.]*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for told, accuracy, nfe in rows:
+        rule, _, number = told.replace("entropy-bounded", "eb").partition(" ")
+        exact = results[names.get(told, f"{rule}({number})")]
+        assert (float(accuracy), float(nfe)) == (round(exact[0], 3), pytest.approx(exact[1], abs=0.0051)), told
+    nfe = results["policy(greedy)"][1]
+    fronts = [sorted(results[who][::-1] for who in results if who.startswith(rule)) for rule in ("threshold", "eb")]
+    at_that_speed = [results["policy(greedy)"][0], *(np.interp(nfe, *zip(*front, strict=True)) for front in fronts)]
+    assert re.findall(r"\d+ %", text.partition("![")[0]) == [f"{100 * share:.0f} %" for share in at_that_speed]
