@@ -115,3 +115,12 @@ def test_every_command_starts_before_what_takes_seconds(path):
     """It shows its first line, and what lets torch sleep while it waits is set, before whatever imports torch."""
     assert loaded(f"sys.path.insert(0, 'scripts')\nimport {path.stem}", list(HEAVY)) == "[]\n"
     assert loaded(f"sys.path.insert(0, 'scripts')\nimport {path.stem}", ["prelude"]) == "['prelude']\n"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: f"{path.parent.stem}/{path.stem}"
+)
+def test_every_configuration_says_first_what_it_is(path):
+    lines = path.read_text().splitlines()
+    first = lines["@package" in lines[0]]  # which Hydra finds nowhere but in the very first line
+    assert first.startswith("# ") and len(first.split()) > 3 and "python scripts" not in first

@@ -10,14 +10,17 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import dllm_gym  # noqa: F401
 from dllm_gym.models import load_dllm
@@ -558,7 +561,19 @@ def test_a_replay_needs_neither_unicode_nor_a_patient_reader(place):
 def test_help_and_the_composed_configuration_are_still_shown(place):
     shown = process("train.py --cfg job rounds=7")
     assert shown.returncode == 0 and "rounds: 7" in shown.stdout
-    assert "Configuration groups" in process("train.py --help").stdout
+
+
+@pytest.mark.parametrize(("script", "most"), [("train", 10), ("evaluate", 5), ("watch", 5)])
+def test_help_says_first_what_matters_and_what_it_is_now(script, most, place):
+    shown = process(f"{script}.py --help task=arithmetic").stdout
+    assert shown.index("What matters first") < shown.index("== Configuration groups ==")
+    lines = re.findall(r"^  ([a-z_.]+)  +(\w.+)$", shown, re.MULTILINE)
+    assert len(dict(lines)) == most and "(arithmetic)" in dict(lines)["task"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose(script)
+    for name, _ in lines:
+        group, _, last = name.rpartition(".")
+        assert last in (OmegaConf.select(cfg, group) if group else cfg), name
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(monkeypatch):
