@@ -45,7 +45,13 @@ from dllm_gym.deciders.policy import Policy
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.process.unmasking import MOST_LANES
 
-LOGGERS = {"torchrl.record.WandbLogger": "wandb", "torchrl.record.TensorboardLogger": "tensorboard"}
+LOGGERS = {  # TorchRL's class -> the package that it needs, which is also the name of our extra
+    "torchrl.record.MLFlowLogger": "mlflow",
+    "torchrl.record.TensorboardLogger": "tensorboard",
+    "torchrl.record.WandbLogger": "wandb",
+    "torchrl.record.loggers.trackio.TrackioLogger": "trackio",
+}
+LOGS = {"log_dir": "{}/logs", "tracking_uri": "sqlite:///{}/mlflow.db", "artifact_location": "{}/mlflow"}
 FREE = ("rounds", "num_envs", "checkpoint_every", "checkpoint_minutes", "checkpoints", "device", "threads")
 FREE += ("evaluation", "heuristics", "logger", "resume", "trust")  # what a resumed run may choose anew
 
@@ -113,8 +119,10 @@ def go_on(cfg: DictConfig, saved: DictConfig) -> None:
     steps = "agent.algorithm.scheduler.num_training_steps"
     if OmegaConf.select(cfg, steps) == saved.get("rounds"):  # the schedule that ends with the run still does
         OmegaConf.update(cfg, steps, cfg.rounds)
-    if cfg.logger and "log_dir" in cfg.logger and not any(n.partition(".")[0] == "logger" for n in chosen):
-        cfg.logger.log_dir = f"{HydraConfig.get().runtime.output_dir}/logs"  # the saved one is where the run lay once
+    if cfg.logger and not any(n.partition(".")[0] == "logger" for n in chosen):
+        for name, here in LOGS.items():  # the saved ones are where the run lay once
+            if name in cfg.logger:
+                cfg.logger[name] = here.format(HydraConfig.get().runtime.output_dir)
 
 
 def with_new_settings(saved: Any, today: Any) -> Any:

@@ -23,7 +23,8 @@ SCHEDULE = re.compile(r"get_\w*schedule\w*")  # factories in transformers.optimi
 OURS = ("agents", "dllm_gym")
 GET_CLASS = "hydra.utils.get_class"  # how a configuration hands over a class instead of an object
 MOVED = dict.fromkeys(("agents.distributions", "agents.heuristics", "agents.policies"), "dllm_gym.deciders")
-LOGGER_SETTINGS = {"_target_", "exp_name", "log_dir", "project"}
+LOGGER_SETTINGS = {"_target_", "exp_name", "project"}
+PLACES = {"log_dir", "tracking_uri", "artifact_location"}  # of a logger; a resumed run puts its own there
 
 
 class Refused(ValueError):
@@ -181,11 +182,17 @@ def nodes(part: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def check_logger(node: dict[str, Any], key: str, path: Path) -> None:
     """A logger may be chosen, and what its runs are called, but not where it sends or writes anything else."""
-    strange = sorted(set(map(str, node)) - LOGGER_SETTINGS)
+    strange = sorted(set(map(str, node)) - LOGGER_SETTINGS - PLACES)
+    strange += [place for place in sorted(PLACES & set(node)) if is_remote(str(node[place]))]
     name = str(node.get("exp_name", ""))
     if strange or "/" in name or "\\" in name or name in ("..", "."):
         what = f"{key}.{strange[0]}" if strange else f"{key}.exp_name={name!r}"
         raise Refused(f"{path}: {what} is refused: only your own command line may set it (logger=...)")
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is on another machine: any URL but that of a file or of a database in one."""
+    return "://" in place and not place.startswith(("file:///", "sqlite:///"))
 
 
 def resolve(target: Any, group: str) -> Any:
@@ -239,7 +246,7 @@ def allowed_kinds(group: str) -> list[tuple[str, tuple[type, ...]]]:
 
         return [("dllm_gym.deciders", (Policy,))]
     if group == "logger":
-        import torchrl.record.loggers  # noqa: F401
+        import torchrl.record.loggers.trackio  # noqa: F401
         from torchrl.record.loggers.common import Logger
 
         return [("torchrl.record", (Logger,))]

@@ -66,7 +66,7 @@ train task=sudoko                                        | task/sudoko
 train env=full                                           | env/full
 train model=gpt                                          | model/gpt
 train policy=cnn                                         | policy/cnn
-train logger=mlflow                                      | logger/mlflow
+train logger=mlfow                                       | logger/mlfow
 train heuristics=some                                    | heuristics/some
 train agent=                                             | agent
 train env=5                                              | Config group override must be a string
@@ -242,6 +242,8 @@ train task=humaneval task.sandbox=none                   | none
 train task=humaneval task.timeout=0                      | timeout=0
 train task=reasoning_gym task.options=5                  | task.options=5
 train task=reasoning_gym task.seed=x                     | task.seed='x'
+train logger=mlflow                                      | pip install 'dllm_gym[mlflow]'
+train logger=trackio                                     | pip install 'dllm_gym[trackio]'
 train logger=wandb                                       | pip install 'dllm_gym[wandb]'
 train logger=tensorboard                                 | pip install 'dllm_gym[tensorboard]'
 train hydra.run.dir=s3://bucket/run                      | hydra.run.dir=s3://bucket/run
