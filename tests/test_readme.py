@@ -15,6 +15,7 @@ import csv
 import re
 import shlex
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.entries import ENTRIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,7 +126,7 @@ def check_command(words: list[str], monkeypatch) -> None:
 
 
 def check_settings(script: str, arguments: list[str]) -> None:
-    from settings import check
+    from settings import check_names, check_values
 
     if any(argument in SHOWN_ONLY for argument in arguments):
         return
@@ -139,7 +143,7 @@ def check_settings(script: str, arguments: list[str]) -> None:
         try:
             settings = cfg.copy()
             del settings.hydra
-            check(settings, script)
+            check_values(check_names(settings, script))
         finally:
             HydraConfig.instance().cfg = None
 
@@ -194,3 +198,30 @@ def test_the_readme_is_short_and_its_figures_are_those_of_the_main_job():
     fronts = [sorted(results[who][::-1] for who in results if who.startswith(rule)) for rule in ("threshold", "eb")]
     at_that_speed = [results["policy(greedy)"][0], *(np.interp(nfe, *zip(*front, strict=True)) for front in fronts)]
     assert re.findall(r"\d+ %", text.partition("![")[0]) == [f"{100 * share:.0f} %" for share in at_that_speed]
+    use = [line for line in blocks(ROOT / "README.md", "python")[0][1].splitlines() if line]
+    assert len(use) == 8
+
+
+def column(page: str, head: str, number: int = 1) -> list[str]:
+    """The cells of one column of the table under a heading of a page."""
+    section = (ROOT / "docs" / page).read_text().partition(f"## {head}\n")[2].partition("\n## ")[0]
+    return [line.split(" | ")[number - 1].strip("| ") for line in section.splitlines() if line.startswith("| `")]
+
+
+def quoted(cells: list[str]) -> list[str]:
+    return re.findall(r"`([^`]+)`", " ".join(cells))
+
+
+def test_the_card_has_every_entry_and_every_argument():
+    assert sorted(quoted(column("environment.md", "Observation Space"))) == sorted(entry.name for entry in ENTRIES)
+    arguments = [*(field.name for field in fields(EnvConfig)), "render_mode"]
+    assert sorted(quoted(column("environment.md", "Arguments"))) == sorted(arguments)
+
+
+def test_the_choices_of_every_group_are_told():
+    told = dict(zip(column("runs.md", "Commands"), column("runs.md", "Commands", 2), strict=True))
+    for group in ("agent", "distribution", "policy", "task", "env", "reward", "logger"):
+        choices = {path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")}
+        assert choices == set(quoted([told[f"`{group}`"]])) & choices, f"docs/runs.md lacks choices of {group}"
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    assert set(quoted([*told])) == groups
