@@ -98,20 +98,7 @@ class DiTConfidence(Policy):
         if haste and not preference:
             raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
         self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
-        super().__init__(
-            width=width,
-            ffn=ffn,
-            heads=heads,
-            top_k=top_k,
-            output_bias=output_bias,
-            time_period=time_period,
-            absolute_positions=absolute_positions,
-            preference=preference,
-            joint=joint,
-            odds=odds,
-            haste=haste,
-            candidates=candidates,
-        )
+        super().__init__(candidates=candidates, top_k=top_k)
         self.time_period, self.joint, self.odds, self.haste = time_period, joint, odds, haste
         self.input = nn.Linear(top_k + joint + preference, width)
         self.mask_embedding = nn.Embedding(2, width)
@@ -184,14 +171,7 @@ class DiTHidden(Policy):
         _check_heads("hidden_size", width, heads)
         _check_counts(ffn=ffn)
         number("time_period", time_period, above=0)
-        super().__init__(
-            hidden_size=width,
-            ffn=ffn,
-            heads=heads,
-            output_bias=output_bias,
-            time_period=time_period,
-            candidates=candidates,
-        )
+        super().__init__(candidates=candidates, hidden_size=width)
         self.time_period = time_period
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
@@ -249,15 +229,7 @@ class UPOPolicy(Policy):
         hidden_size = _check_hidden_size(hidden_size)
         _check_heads("hidden_size", hidden_size, heads)
         _check_counts(width=width, ffn=ffn, top_k=top_k)
-        super().__init__(
-            hidden_size=hidden_size,
-            width=width,
-            ffn=ffn,
-            heads=heads,
-            top_k=top_k,
-            output_bias=output_bias,
-            candidates=candidates,
-        )
+        super().__init__(candidates=candidates, top_k=top_k, hidden_size=hidden_size)
         self.block = TransformerBlock(hidden_size, ffn, heads)
         self.block_norm = nn.LayerNorm(hidden_size)
         sizes = (hidden_size + top_k + 2, width, width, width)
@@ -294,7 +266,7 @@ class MLPPolicy(Policy):
 
     def __init__(self, *, width: int = 128, top_k: int = 1, output_bias: float = -2.0, candidates: int | None = None):
         _check_counts(width=width, top_k=top_k)
-        super().__init__(width=width, top_k=top_k, output_bias=output_bias, candidates=candidates)
+        super().__init__(candidates=candidates, top_k=top_k)
         self.mlp = nn.Sequential(nn.Linear(top_k + 2, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.head = smart_head(width, output_bias)
 

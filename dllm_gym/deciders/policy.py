@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,12 +45,18 @@ class Policy(
     """Base of the policy networks: per-position features, a linear head, and how both are stored.
 
     A family sets ``reads`` (the observation entries that its ``trunk`` takes, in this order), writes ``trunk``, and in
-    ``__init__`` calls ``super().__init__(**arguments)`` with all of its arguments, so that
-    ``type(self)(**self.settings)`` is the same network, and makes ``self.head`` (``smart_head``).
+    ``__init__``, whose arguments are its ``settings``, calls ``super().__init__`` with those that the base takes and
+    makes ``self.head`` (``smart_head``). ``type(self)(**self.settings)`` is the same network.
 
     Every family takes ``candidates`` (K): only the K most confident legal positions (the leftmost of equals) keep
     their logit, all others get one so low that they are never picked. With a categorical distribution the policy is
     then a softmax over the K most confident positions (UPO's top-K realization, arXiv 2510.05725). None: all positions.
+
+    Args:
+        candidates: see above.
+        top_k: confidences per position that it reads; 1 by default, if it reads any.
+        hidden_size: width of the hidden states that it reads; 0: none.
+        settings: a family may hand on its other arguments, as it had to once.
 
     Attributes:
         settings: all arguments of the constructor.
@@ -61,17 +68,28 @@ class Policy(
 
     reads: tuple[str, ...] = ("confidence", "mask", "time")
     head: nn.Linear
+    settings: dict[str, Any]
 
-    def __init__(self, *, candidates: int | None, **settings: Any):
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        policy = super().__new__(cls, *args, **settings)
+        signature = inspect.signature(cls.__init__)
+        with suppress(TypeError):  # wrong arguments: the constructor says so itself
+            call = signature.bind(policy, *args, **settings)
+            call.apply_defaults()
+            policy.settings = {name: call.arguments[name] for name in _named(cls)} | settings
+        return policy
+
+    def __init__(
+        self, *, candidates: int | None = None, top_k: int | None = None, hidden_size: int = 0, **settings: Any
+    ):
         super().__init__()
-        self.settings = {**settings, "candidates": candidates}
         self.candidates = candidates
         if candidates is not None:
             whole("candidates", candidates)
         extra = () if candidates is None else ("confidence", "action_mask")
         self.in_keys = tuple(dict.fromkeys((*self.reads, *extra)))
-        self.top_k: int = settings.get("top_k", int("confidence" in self.in_keys))
-        self.hidden_size: int = settings.get("hidden_size", 0)
+        self.top_k = int("confidence" in self.in_keys) if top_k is None else top_k
+        self.hidden_size = hidden_size
 
     @property
     def width(self) -> int:
@@ -204,7 +222,7 @@ class Policy(
             raise ValueError(f"{path.parent} is not a saved policy: cannot read {path.name} ({error})") from error
         if not isinstance(config, dict) or config.pop("policy", None) != cls.__name__:
             raise ValueError(f"{path} does not describe a {cls.__name__}")
-        expected = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        expected = set(_named(cls))
         config = {**{name: value for name, value in _ADDED.items() if name in expected}, **config}
         if set(config) != expected:
             missing, unknown = sorted(expected - set(config)), sorted(set(config) - expected)
@@ -217,6 +235,12 @@ class Policy(
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of a saved policy."""
         return super().generate_model_card(*args, policy=type(self).__name__, **kwargs)
+
+
+def _named(policy: type[Policy]) -> list[str]:
+    """The arguments of a family's constructor, without ``self``, ``*args`` and ``**settings``."""
+    parameters = list(inspect.signature(policy.__init__).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _download(repository: str, **settings: Any) -> Path:

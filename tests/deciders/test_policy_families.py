@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -415,6 +417,54 @@ def test_loading_takes_no_settings_beside_the_stored_ones(tmp_path):
     make(MLPPolicy).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="width"):
         MLPPolicy.from_pretrained(tmp_path, width=32)
+
+
+class Narrow(DiTConfidence):
+    def __init__(self, *, candidates: int | None = 2):
+        super().__init__(width=16, ffn=32, top_k=3, candidates=candidates)
+
+
+class Gathering(DiTConfidence):
+    def __init__(self, *, depth: int = 1, **settings):
+        super().__init__(**settings)
+        self.depth = depth
+
+
+class Repeating(MLPPolicy):
+    """Hands all of its arguments to the base, as families had to once."""
+
+    def __init__(self, *, width: int = 8, top_k: int = 2, candidates: int | None = None):
+        Policy.__init__(self, width=width, top_k=top_k, candidates=candidates)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(top_k + 2, width), torch.nn.GELU())
+        self.head = torch.nn.Linear(width, 1)
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "top_k"),
+    [
+        (Narrow, {"candidates": 2}, 3),
+        (lambda: Gathering(width=16, ffn=32, top_k=2), {"depth": 1, "width": 16, "ffn": 32, "top_k": 2}, 2),
+        (Repeating, {"width": 8, "top_k": 2, "candidates": None}, 2),
+    ],
+    ids=["Narrow", "Gathering", "Repeating"],
+)
+def test_settings_are_the_arguments_of_the_familys_own_constructor(made, settings, top_k, tmp_path):
+    policy = made()
+    assert policy.settings == settings and policy.top_k == policy.requires["top_k"] == top_k
+    again = type(policy)(**policy.settings)
+    again.load_state_dict(policy.state_dict())
+    obs = observation(4)
+    assert torch.equal(call(again, obs), call(policy, obs))
+    for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(again))):
+        assert other.settings == settings and torch.equal(call(other, obs), call(policy, obs))
+    if type(policy) is not Gathering:  # what it gathers is not told apart in a file
+        policy.save_pretrained(tmp_path)
+        assert torch.equal(call(type(policy).from_pretrained(tmp_path), obs), call(policy, obs))
+
+
+def test_a_wrong_argument_is_named_by_the_constructor():
+    with pytest.raises(TypeError, match=r"DiTConfidence.__init__\(\) got an unexpected keyword argument 'widht'"):
+        DiTConfidence(widht=3)
 
 
 def test_the_base_class_is_no_policy():
