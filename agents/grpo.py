@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from agents.advantages import group_advantage
 from agents.algorithm import Algorithm, per_step
-from agents.losses import Descent, GRPOLoss, ReferenceKL, Regularized, in_chunks, log_likelihood, pack
+from agents.losses import Descent, GRPOLoss, ReferenceKL, Regularized, check_clip, in_chunks, log_likelihood, pack
 from dllm_gym.checks import flag, number
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ class GRPO(Algorithm):
         batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
         # Without a reference a group whose rewards are all equal has no gradient: its steps need no forward.
         steps = pack(batch, keep=None if self.reference else informative, summed=self.summed)
-        return {**self.descent.run(steps, self._renew), "informative": share(informative)}
+        return {
+            **self.descent.run(steps, self._renew),
+            "informative": float(informative.float().sum()) / max(len(informative), 1),
+        }
 
     def _renew(self, steps: TensorDictBase) -> None:
         def log_prob(actor: ProbabilisticActor) -> Tensor:
@@ -117,22 +120,3 @@ class GRPO(Algorithm):
 
         if self.reference:
             self.reference.renew(steps, self.actor, log_prob)
-
-
-def share(chosen: Tensor) -> float:
-    """The share of episodes bool [E] that are chosen; 0 of none."""
-    return float(chosen.float().sum()) / max(len(chosen), 1)
-
-
-def check_clip(clip_epsilon: float | Sequence[float]) -> float | tuple[float, float]:
-    """``clip_epsilon`` in the form that TorchRL takes; ValueError if it is out of range."""
-    single = isinstance(clip_epsilon, int | float) and not isinstance(clip_epsilon, bool)
-    pair = (clip_epsilon, clip_epsilon) if single else clip_epsilon
-    numbers = (
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(isinstance(e, int | float) and not isinstance(e, bool) for e in pair)
-    )
-    if not numbers or not 0 < pair[0] < 1 or not 0 < pair[1] < (1 if single else float("inf")):
-        raise ValueError(f"clip_epsilon={clip_epsilon!r} is not valid: in (0, 1), or a pair [low in (0, 1), high > 0]")
-    return float(pair[0]) if single else (float(pair[0]), float(pair[1]))

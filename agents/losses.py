@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import ClipPPOLoss
@@ -70,6 +71,36 @@ class GRPOLoss(EpisodeMean, ClipPPOLoss):
 
     Built as ``GRPOLoss(actor, None, clip_epsilon=0.5, entropy_bonus=False, functional=False)``.
     """
+
+
+# ---- settings in the words of TorchRL's losses ----
+
+
+def check_clip(clip_epsilon: float | Sequence[float]) -> float | tuple[float, float]:
+    """``clip_epsilon`` in the form that TorchRL takes; ValueError if it is out of range."""
+    single = isinstance(clip_epsilon, int | float) and not isinstance(clip_epsilon, bool)
+    pair = (clip_epsilon, clip_epsilon) if single else clip_epsilon
+    numbers = (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(e, int | float) and not isinstance(e, bool) for e in pair)
+    )
+    if not numbers or not 0 < pair[0] < 1 or not 0 < pair[1] < (1 if single else float("inf")):
+        raise ValueError(f"clip_epsilon={clip_epsilon!r} is not valid: in (0, 1), or a pair [low in (0, 1), high > 0]")
+    return float(pair[0]) if single else (float(pair[0]), float(pair[1]))
+
+
+def entropy_settings(entropy_scale: float, actor: ProbabilisticActor) -> dict[str, Any]:
+    """The entropy bonus in the words of TorchRL's losses."""
+    number("entropy_scale", entropy_scale, least=0)
+    distribution = actor[-1].distribution_class
+    if entropy_scale and distribution.entropy is Distribution.entropy:
+        # TorchRL would estimate it from samples, a value without a useful gradient.
+        raise ValueError(f"entropy_scale={entropy_scale}: {distribution.__name__} has no closed-form entropy, use 0")
+    return {"entropy_bonus": entropy_scale > 0, "entropy_coeff": entropy_scale}
+
+
+# ---- what TorchRL has no loss for ----
 
 
 class Likelihood(nn.Module):

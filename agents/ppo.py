@@ -13,9 +13,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from agents.advantages import generalized_advantage
 from agents.algorithm import Algorithm
-from agents.grpo import check_clip
-from agents.losses import Descent, EpisodeMean, in_chunks, pack
-from agents.reinforce import entropy_settings
+from agents.losses import Descent, EpisodeMean, check_clip, entropy_settings, in_chunks, pack
 from dllm_gym.checks import flag, number
 
 if TYPE_CHECKING:

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torchrl.objectives import PPOLoss
 
 from agents.advantages import leave_one_out_advantage
 from agents.algorithm import Algorithm, per_step
-from agents.losses import Descent, EpisodeMean, pack
-from dllm_gym.checks import number
+from agents.losses import Descent, EpisodeMean, entropy_settings, pack
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
@@ -63,13 +61,3 @@ class Reinforce(Algorithm):
         batch = batch.select(*self.actor.in_keys, "action", "action_log_prob", "active")
         batch["advantage"] = per_step(leave_one_out_advantage(reward, group), batch)
         return self.descent.run(pack(batch, summed=True))
-
-
-def entropy_settings(entropy_scale: float, actor: ProbabilisticActor) -> dict[str, Any]:
-    """The entropy bonus in the words of TorchRL's losses."""
-    number("entropy_scale", entropy_scale, least=0)
-    distribution = actor[-1].distribution_class
-    if entropy_scale and distribution.entropy is Distribution.entropy:
-        # TorchRL would estimate it from samples, a value without a useful gradient.
-        raise ValueError(f"entropy_scale={entropy_scale}: {distribution.__name__} has no closed-form entropy, use 0")
-    return {"entropy_bonus": entropy_scale > 0, "entropy_coeff": entropy_scale}
