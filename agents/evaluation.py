@@ -30,7 +30,7 @@ def evaluate_rows(
     """
     from agents.rollout import evaluate
 
-    middle = None if env.core.alphas is None else env.core.alphas.alpha(0.5)
+    middle = None if env.core.alpha_range is None else env.core.alpha_range.at(0.5)
     rows = []
     for name, decider in deciders.items():
         alpha = getattr(decider, "alpha", None) or middle

@@ -154,9 +154,9 @@ def play_groups(
     """
     parts = []
     alphas = None
-    if env.core.alphas is not None:
+    if env.core.alpha_range is not None:
         rng, count = np.random.default_rng([seed, len(players)]), len(prompts)
-        alphas = env.core.alphas.alpha((rng.permutation(count) + rng.random(count)) / count)
+        alphas = env.core.alpha_range.at((rng.permutation(count) + rng.random(count)) / count)
     for number, (player, count) in enumerate(players):
         own_seed = int(np.random.default_rng([seed, number]).integers(1 << 31))
         own_alphas = None if alphas is None else np.repeat(alphas, count).tolist()

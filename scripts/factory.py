@@ -162,7 +162,7 @@ def alphas(cfg: DictConfig) -> list[float]:
         raise ValueError(f"reward.alpha={cfg.reward.alpha}: this policy reads a preference, give a range [low, high]")
     chosen = cfg.evaluation.get("alphas")
     if chosen is None:
-        return [span.alpha(i / 6) for i in range(7)]
+        return [span.at(i / 6) for i in range(7)]
     return [number("evaluation.alphas", a, span.low, span.high) for a in distinct("evaluation.alphas", chosen)]
 
 

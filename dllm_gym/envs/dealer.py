@@ -32,7 +32,7 @@ def check_example(index: Any, count: int, least: int = 0) -> int:
     return int(index)
 
 
-def check_alphas(options: Mapping[str, Any], alphas: AlphaRange | None, count: int) -> list[float | None]:
+def check_alphas(options: Mapping[str, Any], alpha_range: AlphaRange | None, count: int) -> list[float | None]:
     """``options["alpha"]``: one per episode that is started or queued, ``count`` in all; a number counts for all.
 
     None for episodes that draw their own.
@@ -43,16 +43,16 @@ def check_alphas(options: Mapping[str, Any], alphas: AlphaRange | None, count: i
     chosen = options.get("alpha")
     if chosen is None:
         return [None] * count
-    if alphas is None:
+    if alpha_range is None:
         raise ValueError(f"options['alpha']={chosen!r}: make the environment with a range, alpha=[low, high]")
     try:
         values = [float(a) for a in (chosen if np.ndim(chosen) else [chosen] * count)]
-        if len(values) != count or not all(alphas.low <= a <= alphas.high for a in values):
+        if len(values) != count or not all(alpha_range.low <= a <= alpha_range.high for a in values):
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(
-            f"options['alpha']={chosen!r}: need a number from {alphas.low:g} to {alphas.high:g}, or {count} of them, "
-            "for the lanes and then for the queue"
+            f"options['alpha']={chosen!r}: need a number from {alpha_range.low:g} to {alpha_range.high:g}, or {count} "
+            "of them, for the lanes and then for the queue"
         ) from None
     return [*values]
 
@@ -65,19 +65,19 @@ class Dealer:
     seed + i, whichever lane takes it.
 
     Args:
-        lanes: number of lanes. count: number of examples in the split. alphas: of the environment.
+        lanes: number of lanes. count: number of examples in the split. alpha_range: of the environment.
 
     Attributes:
         items: int64 [lanes], which of the examples of a reset with a queue each lane has, counted over the lanes and
             then the queue; EMPTY: none of them.
     """
 
-    def __init__(self, lanes: int, count: int, alphas: AlphaRange | None = None):
-        self.lanes, self.count, self.alphas = lanes, count, alphas
+    def __init__(self, lanes: int, count: int, alpha_range: AlphaRange | None = None):
+        self.lanes, self.count, self.alpha_range = lanes, count, alpha_range
         self.alpha: float | None = None  # of all episodes; None: each draws its own, or has it from the queue
         self.queue: deque[tuple[int, float | None]] | None = None
         self.generators = [np.random.default_rng() for _ in range(lanes)]
-        self.base: int | None = None  # the seed of a reset that has not opened yet
+        self.base: int | None = None  # the seed of a reset that has not dealt yet
         self.queue_base = self.item = 0
         self.items = np.full(lanes, EMPTY)
 
@@ -97,7 +97,7 @@ class Dealer:
         if lanes is None:
             self.base = seed[0]
 
-    def open(self, options: Mapping[str, Any]) -> tuple[list[int], list[int], list[float | None]]:
+    def deal_all(self, options: Mapping[str, Any]) -> tuple[list[int], list[int], list[float | None]]:
         """Examples, keys and alphas (None: drawn by the episode) of the first episode of every lane.
 
         Args:
@@ -108,7 +108,7 @@ class Dealer:
         queue = options.get("queue")
         if queue is not None and chosen is None:
             raise ValueError("options['queue'] goes with options['examples']")
-        alphas = check_alphas(options, self.alphas, self.lanes + len(queue or ()))
+        alphas = check_alphas(options, self.alpha_range, self.lanes + len(queue or ()))
         self.alpha = alphas[0] if isinstance(options.get("alpha"), int | float) else None
         examples = [check_example(e, self.count) for e in queue or ()]
         self.queue = None if queue is None else deque(zip(examples, alphas[self.lanes :], strict=True))
@@ -146,7 +146,7 @@ class Dealer:
 
     def restart(self, lane: int, options: Mapping[str, Any]) -> tuple[int, int, float | None]:
         """Example, key and alpha for a lane that is reset by itself: those of the options, else the next ones."""
-        chosen, alphas = self.chosen(options), check_alphas(options, self.alphas, self.lanes)
+        chosen, alphas = self.chosen(options), check_alphas(options, self.alpha_range, self.lanes)
         if chosen is None:
             example, key, alpha = self.deal(lane)
         else:

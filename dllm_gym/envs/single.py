@@ -68,6 +68,14 @@ class DLLMUnmaskEnv(gym.Env):
     ``confidence``, ``entropy``, ``margin`` and ``kl`` describe the untempered distribution, in which tokens that are
     never proposed (the mask, padding) have no probability; they are computed in float32.
 
+    ## State
+    What the next steps depend on; what is observed of it is above. Per lane: the prompt and the completion so far
+    (``core.tokens``), the number of steps (``core.steps``), the episode's random stream (``core.key``; for tokens at a
+    temperature), its alpha where there is a range, and with ``kl`` the distributions of the step before, with ``cache``
+    the stored keys and values. Beside them the generator that draws the next example and stream (``np_random``; in many
+    lanes one generator each and the queue: :class:`~dllm_gym.envs.dealer.Dealer`). Proposals and confidences are no
+    state: they follow from the tokens, stream and step.
+
     ## Starting State
     All L positions masked, after the prompt of an example drawn from ``split`` with the environment's generator, or of
     ``reset(options={"examples": i})``.
@@ -120,7 +128,7 @@ class DLLMUnmaskEnv(gym.Env):
         if chosen is not None:
             chosen = chosen[0] if np.ndim(chosen) == 1 and len(chosen) == 1 else chosen  # [i] means the same as i
             example = check_example(chosen, len(self.core.examples))
-        self.core.place([0], [example], [key], check_alphas(options, self.core.alphas, 1))
+        self.core.begin([0], [example], [key], check_alphas(options, self.core.alpha_range, 1))
         self._over = False
         self.core.predict()
         self._watch()
@@ -147,7 +155,7 @@ class DLLMUnmaskEnv(gym.Env):
                 "score": float(outcome.score[0]),
                 "example": int(outcome.example[0]),
             }
-            if self.core.alphas is not None:
+            if self.core.alpha_range is not None:
                 info["episode"]["alpha"] = float(outcome.alpha[0])
         self.core.predict()
         self._watch()

@@ -76,7 +76,7 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         chosen = None if tensordict is None else tensordict.get("_reset", None)
         lanes = range(self.core.B) if chosen is None else chosen.view(-1).nonzero()[:, 0].tolist()
         if len(lanes):
-            self.core.place(lanes, *zip(*(self.dealer.deal(lane) for lane in lanes), strict=True))
+            self.core.begin(lanes, *zip(*(self.dealer.deal(lane) for lane in lanes), strict=True))
         self._was_reset = True
         self._terminated[list(lanes)] = self._truncated[list(lanes)] = False
         self.core.predict()

@@ -104,7 +104,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         self.single_action_space = MultiBinary(self.core.L)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.dealer = Dealer(self.num_envs, len(self.core.examples), self.core.alphas)
+        self.dealer = Dealer(self.num_envs, len(self.core.examples), self.core.alpha_range)
         self._waiting: np.ndarray | None = None  # lanes whose episode is over (NEXT_STEP, DISABLED); None: never reset
 
     @property
@@ -131,7 +131,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         else:
             if seed is not None:
                 self.dealer.seed(seed)
-            self.core.place(range(self.num_envs), *self.dealer.open(options))
+            self.core.begin(range(self.num_envs), *self.dealer.deal_all(options))
             self._waiting = np.zeros(self.num_envs, bool)
         self.core.predict()
         return self._deliver(self.core.observe()), self._items()
@@ -147,16 +147,16 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         lanes = np.flatnonzero(reset_mask)
         if seed is not None:
             self.dealer.seed(seed, lanes)
-        self._place(lanes, [self.dealer.restart(int(lane), options) for lane in lanes])
+        self._begin(lanes, [self.dealer.restart(int(lane), options) for lane in lanes])
         return np.zeros(self.num_envs, bool) if self._waiting is None else self._waiting & ~reset_mask
 
     def _deal(self, lanes: np.ndarray) -> None:
         """Put the next prompt into each of these lanes, the lowest lane first."""
-        self._place(lanes, [self.dealer.deal(lane) for lane in lanes])
+        self._begin(lanes, [self.dealer.deal(lane) for lane in lanes])
 
-    def _place(self, lanes: np.ndarray, dealt: list[tuple[int, int, float | None]]) -> None:
+    def _begin(self, lanes: np.ndarray, dealt: list[tuple[int, int, float | None]]) -> None:
         if len(lanes):
-            self.core.place(lanes, *zip(*dealt, strict=True))
+            self.core.begin(lanes, *zip(*dealt, strict=True))
 
     def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Unmask the chosen positions in every lane.
@@ -223,7 +223,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             "score": outcome.score.copy(),
             "example": np.where(done, outcome.example, EMPTY),
         }
-        if self.core.alphas is not None:
+        if self.core.alpha_range is not None:
             episode["alpha"] = np.where(done, outcome.alpha, 0).astype(np.float32)
         if self.dealer.queue is not None:
             episode["item"] = np.where(done, items, EMPTY)

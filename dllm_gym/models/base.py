@@ -21,6 +21,11 @@ class DLLM:
 
     Family quirks (position ids, logit shift, ids, prompt template) end here; code downstream sees one alignment.
 
+    A dLLM of your own is a ``backbone``, an ``lm_head``, a tokenizer and its ``config``; where its forward differs, a
+    subclass overrides :meth:`hidden_states`, the one method that all predictions come from, in environments and in
+    :meth:`predict`. (``predict`` itself is for use from outside: the environment reads positions its own way and
+    refuses a class that overrides it.)
+
     Args:
         backbone: maps ``input_ids`` [B, T], ``attention_mask`` and ``position_ids`` to ``last_hidden_state`` [B, T, d].
         lm_head: maps hidden states [n, d] to logits [n, V].
@@ -142,11 +147,20 @@ class DLLM:
 
     @torch.no_grad()
     def encode_rows(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Last hidden states [B, T, d] of rows of tokens as in :meth:`predict`; those at j predict token j."""
+        """:meth:`hidden_states` without gradients and where the tokens are."""
         return self._hidden(tokens, attention_mask).to(tokens.device)
 
-    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Hidden states [B, T, d], those at j predict token j; a family's shift, positions and masks go in here."""
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What ``lm_head`` reads; a family's shift, positions and masks go in here. To override.
+
+        Args:
+            tokens: int64 [B, T], left-padded.
+            attention_mask: bool [B, T], False on padding; None when nothing is padded.
+
+        Returns:
+            Last hidden states [B, T, d]; those at j predict token j. A row's do not depend on the other rows, nor on
+            its padding.
+        """
         positions = None if attention_mask is None else positions_of(attention_mask)
         attention = getattr(self.backbone.config, "_attn_implementation", None) or ""
         if attention_mask is not None and attention.startswith("sdpa"):
@@ -154,6 +168,10 @@ class DLLM:
         return self.backbone(
             input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False
         ).last_hidden_state
+
+    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The name of before: a class that overrides it goes on to work."""
+        return self.hidden_states(tokens, attention_mask)
 
     def compile(self) -> None:
         """Let torch.compile build the backbone for shapes that come again, with CUDA graphs on a GPU.

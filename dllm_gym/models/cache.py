@@ -30,7 +30,7 @@ KINDS = ("prefix", "dual")
 
 @dataclass(frozen=True)
 class View:
-    """What a family's hidden states depend on: a class that overrides ``DLLM._hidden`` says it as its attribute
+    """What a family's hidden states depend on: a class that overrides ``DLLM.hidden_states`` says it as its attribute
     ``view``, or has no cache.
 
     Attributes:
@@ -195,7 +195,7 @@ class Lanes:
 
 def view_of(dllm: DLLM) -> View | None:
     """What the class that computes the hidden states says of them; None when there is nothing that a cache can use."""
-    own = next(kind for kind in type(dllm).__mro__ if "_hidden" in vars(kind))
+    own = next(kind for kind in type(dllm).__mro__ if {"hidden_states", "_hidden"} & set(vars(kind)))
     if getattr(dllm.backbone.config, "_attn_implementation", None) not in ("sdpa", ATTENTION):
         return None
     return View() if own is DLLM else vars(own).get("view")

@@ -111,7 +111,7 @@ ENTRIES = (
     Entry(
         "preference",
         (1,),
-        lambda now: None if now.core.alphas is None else now.core.preference[:, None],
+        lambda now: None if now.core.alpha_range is None else now.core.preference[:, None],
         setting="alpha",
     ),
     Entry("hidden", ("L", "d"), lambda now: now.said.hidden, math.inf, -math.inf, setting="hidden"),

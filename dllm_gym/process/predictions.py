@@ -55,8 +55,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """b rows that are to be predicted.
+class Request:
+    """What is asked of the dLLM: to predict positions in b rows.
 
     Attributes:
         lanes: int64 [b]. length: int64 [b], tokens of prompt and completion.
@@ -76,7 +76,7 @@ class Rows:
     key: Tensor
     prompt: Sequence[bytes | None]
 
-    def pick(self, rows: np.ndarray) -> Rows:
+    def pick(self, rows: np.ndarray) -> Request:
         """Some of the rows, in the order of their indices ``rows``."""
         if len(rows) == len(self.lanes) and (rows == np.arange(len(rows))).all():
             return self
@@ -153,7 +153,9 @@ class Predictions:
         self, dllm: DLLM, lanes: int, length: int, *, sampling: Sampling, cache: BlockCache | None, history: int
     ):
         if type(dllm).predict is not DLLM.predict:
-            raise ValueError(f"{type(dllm).__name__} has a predict of its own, which is not called: override _hidden")
+            raise ValueError(
+                f"{type(dllm).__name__} has a predict of its own, which is not called: override hidden_states"
+            )
         self.dllm, self.L, self.cache = dllm, length, cache
         self.sampling = replace(sampling, hidden=False)  # those are taken whole, at committed positions as well
         device = dllm.device
@@ -179,7 +181,7 @@ class Predictions:
             self.cache.forget(lanes)
 
     @torch.no_grad()
-    def renew(self, rows: Rows) -> None:
+    def renew(self, rows: Request) -> None:
         """Predict rows whose tokens changed."""
         if self.cache is not None:
             self._forward_cached(rows)
@@ -196,7 +198,7 @@ class Predictions:
 
     # ---- one forward ----
 
-    def _forward(self, rows: Rows) -> None:
+    def _forward(self, rows: Request) -> None:
         width = int(rows.length.max())
         height = len(rows.lanes)
         if self.dllm.compiled:
@@ -211,7 +213,7 @@ class Predictions:
             self.hidden[lanes] = hidden.float()
         self._read(rows, lanes, at, hidden.reshape(-1, hidden.shape[-1])[at])
 
-    def _padded(self, rows: Rows, width: int, height: int) -> tuple[Tensor, Tensor | None]:
+    def _padded(self, rows: Request, width: int, height: int) -> tuple[Tensor, Tensor | None]:
         """Tokens [height, width] and their attention mask; rows beyond those given repeat the last one."""
         missing = width - rows.tokens.shape[1]
         tokens = torch.nn.functional.pad(rows.tokens[:, -width:], (max(missing, 0), 0), value=self.dllm.pad_id)
@@ -224,7 +226,7 @@ class Predictions:
         start = upload(padding, tokens.device)
         return tokens, torch.arange(width, device=tokens.device) >= start[:, None]
 
-    def _forward_cached(self, rows: Rows) -> None:
+    def _forward_cached(self, rows: Request) -> None:
         assert self.cache is not None
         tokens = rows.tokens
         for part in self.cache.encode(rows.lanes, tokens, rows.length, rows.block):
@@ -240,7 +242,7 @@ class Predictions:
             at = torch.arange(len(columns), device=tokens.device)[:, None] * self.L + columns
             self._read(some, lanes, at[wanted], part.hidden[wanted])
 
-    def _read(self, rows: Rows, lanes: Tensor, at: Tensor, hidden: Tensor) -> None:
+    def _read(self, rows: Request, lanes: Tensor, at: Tensor, hidden: Tensor) -> None:
         """Take over what hidden states [n, d] say about the flat positions ``at`` (int64 [n], row * L + position)."""
         row, column = at // self.L, at % self.L
         stream = fold(rows.key[row], self.L - column) if self.sampling.temperature > 0 else None
@@ -256,7 +258,7 @@ class Predictions:
 
     # ---- equal rows ----
 
-    def _recall(self, rows: Rows) -> dict[int, int | None]:
+    def _recall(self, rows: Request) -> dict[int, int | None]:
         """Rows that need no forward: to which row of the same prompt each is equal, None if it is known already."""
         twins: dict[int, int | None] = {}
         met: dict[bytes, int] = {}
@@ -279,7 +281,7 @@ class Predictions:
         self.work.reused += len(twins)
         return twins
 
-    def _remember(self, rows: Rows) -> None:
+    def _remember(self, rows: Request) -> None:
         """Keep the first predictions among these for later episodes with the same prompt."""
         new = [(prompt, int(lane)) for prompt, lane in zip(rows.prompt, rows.lanes, strict=True) if prompt is not None]
         if not new:

@@ -96,8 +96,8 @@ class AlphaRange:
         """Float64 [n] in [0, 1] of alphas float64 [n]."""
         return ((alpha / self.low).log() / math.log(self.high / self.low)).clamp(0, 1)
 
-    def alpha(self, preference: Any) -> Any:
-        """What has that preference: the inverse."""
+    def at(self, preference: Any) -> Any:
+        """The alpha that has this preference: the inverse of :meth:`preference`."""
         return self.low * (self.high / self.low) ** preference
 
 

@@ -25,7 +25,7 @@ from dllm_gym.models.batches import download, upload
 from dllm_gym.noise import fold, uniform
 from dllm_gym.process.config import EMPTY, EnvConfig
 from dllm_gym.process.entries import ENTRIES, FLAGS, Moment
-from dllm_gym.process.predictions import Predictions, Rows, Work
+from dllm_gym.process.predictions import Predictions, Request, Work
 from dllm_gym.process.rewards import AlphaRange, Reward, make_reward
 from dllm_gym.render import END, Frame
 from dllm_gym.tasks import make_task
@@ -105,10 +105,10 @@ class Unmasking:
 
     def __init__(self, num_lanes: int, config: EnvConfig):
         self.B = whole("num_envs", num_lanes, most=MOST_LANES)
-        self.alphas: AlphaRange | None = AlphaRange.of(config.alpha)
-        if self.alphas is not None and callable(config.reward):
+        self.alpha_range: AlphaRange | None = AlphaRange.of(config.alpha)
+        if self.alpha_range is not None and callable(config.reward):
             raise ValueError(f"alpha={config.alpha!r}: a reward of your own is called without an alpha, give a number")
-        alpha: Any = config.alpha if self.alphas is None else self.alphas.low
+        alpha: Any = config.alpha if self.alpha_range is None else self.alpha_range.low
         self.reward_name, self.reward = config.reward, make_reward(config.reward, alpha)
         self.task = make_task(config.task)
         self.L: int = whole("gen_length", default(config.gen_length, self.task.gen_length))
@@ -225,7 +225,7 @@ class Unmasking:
 
     # ---- prompts in ----
 
-    def place(
+    def begin(
         self,
         lanes: Iterable[int],
         examples: Iterable[int],
@@ -252,11 +252,11 @@ class Unmasking:
         self.tokens[where] = upload(rows, self.tokens.device)
         key = torch.tensor(list(keys))
         self.key[where] = upload(key.numpy(), self.tokens.device)
-        if self.alphas is not None:
-            drawn = self.alphas.alpha(uniform(key, ALPHA, 1)[:, 0].double()).tolist()
+        if self.alpha_range is not None:
+            drawn = self.alpha_range.at(uniform(key, ALPHA, 1)[:, 0].double()).tolist()
             wanted = drawn if alphas is None else [d if a is None else a for a, d in zip(alphas, drawn, strict=True)]
             self.alpha[chosen] = wanted
-            preference = self.alphas.preference(torch.tensor(wanted, dtype=torch.float64)).float()
+            preference = self.alpha_range.preference(torch.tensor(wanted, dtype=torch.float64)).float()
             self.preference[where] = upload(preference.numpy(), self.tokens.device)
         self.example[chosen] = index
         self.steps[where] = 0
@@ -304,7 +304,7 @@ class Unmasking:
         index = upload(lanes, self.tokens.device)
         tokens = self.tokens[index]
         mask = tokens[:, -self.L :] == self.dllm.mask_id
-        rows = Rows(
+        request = Request(
             lanes=lanes,
             length=np.array([len(self.prompts[lane]) for lane in lanes]) + self.L,
             tokens=tokens,
@@ -314,7 +314,7 @@ class Unmasking:
             key=fold(self.key[index], self.steps[index]),
             prompt=[self.prompts[lane].tobytes() if self.masked[lane] == self.L else None for lane in lanes],
         )
-        self.predictions.renew(rows)
+        self.predictions.renew(request)
         self.stale[:] = False
 
     # ---- a step ----
@@ -397,7 +397,7 @@ class Unmasking:
 
     def _reward(self, alpha: np.ndarray) -> Reward:
         """The reward of episodes with these alphas [n]."""
-        return self.reward if self.alphas is None else make_reward(self.reward_name, torch.from_numpy(alpha))
+        return self.reward if self.alpha_range is None else make_reward(self.reward_name, torch.from_numpy(alpha))
 
     # ---- for people ----
 

@@ -117,7 +117,7 @@ def decoding(cache: BlockCache, prompts: list[list[int]], seed: int = 0) -> Iter
 
 def plain(dllm: DLLM, call: Call) -> Tensor:
     """Hidden states [b, L, d] without a cache."""
-    return dllm._hidden(call.tokens, call.attention_mask)[:, -call.hidden.shape[1] :].float()
+    return dllm.hidden_states(call.tokens, call.attention_mask)[:, -call.hidden.shape[1] :].float()
 
 
 def returned(call: Call) -> Tensor:
@@ -307,10 +307,12 @@ def test_what_has_no_cache_is_refused(tmp_path, tiny):
         BlockCache(tiny, "suffix", 2, L, BL)
 
 
-def test_a_family_that_computes_its_own_hidden_states_must_say_how(tiny):
-    class Own(DLLM):
-        def _hidden(self, tokens, attention_mask):
-            return super()._hidden(tokens, attention_mask).flip(1)
+@pytest.mark.parametrize("name", ["hidden_states", "_hidden"])
+def test_a_family_that_computes_its_own_hidden_states_must_say_how(tiny, name):
+    def flipped(self, tokens, attention_mask):
+        return getattr(super(Own, self), name)(tokens, attention_mask).flip(1)
+
+    Own = type("Own", (DLLM,), {name: flipped})
 
     class Same(DLLM):
         pass

@@ -110,7 +110,7 @@ def test_entries_equal_a_plain_computation_from_full_logits(settings):
 
 def start(lanes: int = 2, **settings) -> Unmasking:
     core = Unmasking(lanes, EnvConfig(**{"split": "test", **ALL, **settings}))
-    core.place(range(lanes), range(lanes), [0] * lanes)
+    core.begin(range(lanes), range(lanes), [0] * lanes)
     core.predict()
     return core
 
@@ -147,7 +147,7 @@ def test_a_lane_that_is_over_or_empty_does_not_move_on():
     core.act(torch.zeros(2, 20))  # both lanes were truncated: no step of an episode
     core.predict()
     assert torch.equal(core.observe()["kl"], seen["kl"]) and (seen["kl"][0, 5, 1:] == KL_MOST).all()
-    core.place([0, 1], [-1, -1], [0, 0])
+    core.begin([0, 1], [-1, -1], [0, 0])
     core.predict()
     empty = core.observe()
     assert (empty["kl"] == 0).all() and (empty["entropy"] == 0).all() and (empty["margin"] == 1).all()

@@ -202,7 +202,7 @@ def test_an_answer_that_ends_early_is_the_same_in_fewer_steps():
 
 def test_an_end_of_text_ends_an_episode_once_nothing_before_it_is_masked():
     core = Unmasking(2, EnvConfig(split="test", stop_at_eos=True))
-    core.place([0, 1], [0, 1], [0, 0])
+    core.begin([0, 1], [0, 1], [0, 0])
     core.predict()
     core.predictions.proposal[0, 3] = core.dllm.eos_id
     commit = lambda *places: torch.stack([torch.isin(torch.arange(20), torch.tensor(p)) for p in places])  # noqa: E731
@@ -229,6 +229,24 @@ def test_a_prediction_that_was_broken_off_is_made_before_the_next_step(monkeypat
     for env in (broken, whole):
         env.step(observation["action_mask"])
     assert broken.last_completions() == whole.last_completions()
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "_hidden"])
+def test_a_model_of_your_own_overrides_what_everything_is_predicted_from(tiny, name):
+    """Shifted hidden states: what the plain model says of position j is said of j + 1."""
+
+    def shifted(self, tokens, attention_mask):
+        return getattr(super(Own, self), name)(tokens, attention_mask).roll(1, 1)
+
+    Own = type("Own", (DLLM,), {name: shifted})
+    own = Own(tiny.backbone, tiny.lm_head, tiny.tokenizer, tiny.config)
+    (plain, _), (moved, _) = (envs(2, model=model, hidden=True).reset(seed=0) for model in (tiny, own))
+    for entry in ("confidence", "hidden"):
+        assert torch.equal(moved[entry][:, 1:], plain[entry][:, :-1])
+        assert not torch.equal(moved[entry], plain[entry])
+    tokens = torch.full((1, 4), tiny.mask_id)
+    said = [model.predict(tokens, None, tokens == tiny.mask_id).token for model in (tiny, own)]
+    assert torch.equal(said[1], said[0].roll(1))
 
 
 def test_what_would_not_be_called_is_refused(tiny):

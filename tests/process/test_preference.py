@@ -39,7 +39,7 @@ def test_a_preference_is_the_place_of_alpha_on_a_logarithmic_scale():
     alphas = AlphaRange(1.0, 100.0)
     of = alphas.preference(torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64))
     torch.testing.assert_close(of, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(alphas.alpha(of), torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64))
+    torch.testing.assert_close(alphas.at(of), torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64))
 
 
 def test_every_episode_draws_its_own_alpha_and_is_paid_by_it():

@@ -80,7 +80,7 @@ def test_sampled_tokens_do_not_depend_on_company(mixed_task):
 
 def start(**settings) -> Unmasking:
     core = Unmasking(2, EnvConfig(**{"split": "test", **settings}))
-    core.place([0, 1], [0, 1], [0, 0])
+    core.begin([0, 1], [0, 1], [0, 0])
     core.predict()
     return core
 

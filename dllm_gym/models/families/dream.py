@@ -20,8 +20,8 @@ from dllm_gym.models.families.qwen import two_way_config
 class DreamDLLM(DLLM):
     view = View(shift=1)
 
-    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        hidden = super()._hidden(tokens, attention_mask)
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        hidden = super().hidden_states(tokens, attention_mask)
         shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], 1)  # (B, T, d)
         if attention_mask is None:
             return shifted

@@ -64,7 +64,7 @@ NAMES = {
 class BlockCausalDLLM(DLLM):
     view = View(block=BLOCK)
 
-    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         attend = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
         positions = positions_of(attend)
         block = positions // BLOCK  # (B, T)

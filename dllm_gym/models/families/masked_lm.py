@@ -67,7 +67,7 @@ class MaskedLM(DLLM):
         super().__init__(encoder, Head(model), tokenizer, config)
         self.max_positions -= self._first_position
 
-    def _hidden(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         attend = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
         positions = positions_of(attend) + self._first_position
         return self.backbone(
@@ -96,9 +96,9 @@ def refuse_if_unfit(dllm: MaskedLM) -> None:
     attend = torch.ones(1, 9, dtype=torch.bool, device=dllm.device)
     attend[:, :3] = False
     with torch.no_grad():
-        alone = dllm._hidden(row, None).float()
-        padded = dllm._hidden(torch.nn.functional.pad(row, (3, 0), value=dllm.pad_id), attend)[:, 3:].float()
-        other = dllm._hidden(torch.cat([row[:, :-1], row[:, :1]], 1), None).float()
+        alone = dllm.hidden_states(row, None).float()
+        padded = dllm.hidden_states(torch.nn.functional.pad(row, (3, 0), value=dllm.pad_id), attend)[:, 3:].float()
+        other = dllm.hidden_states(torch.cat([row[:, :-1], row[:, :1]], 1), None).float()
     tolerance = 1e-3 if dllm.dtype == torch.float32 else 0.05  # half precision adds in another order
     if (padded - alone).norm() > tolerance * alone.norm():
         raise ValueError("padding changes what this architecture predicts: it is not supported")
