@@ -28,11 +28,12 @@ class Numbers:
     """A tokenizer whose texts are the numbers of the tokens: nothing is lost on the way there and back."""
 
     chat_template = mask_token_id = eos_token_id = pad_token_id = None
+    added_tokens_decoder: dict[int, Any] = {}  # none has a meaning that a text could spell
 
     def get_vocab(self) -> dict[str, int]:
         return {}
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, **_: bool) -> list[int]:
         return [int(number) for number in text.split()]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
