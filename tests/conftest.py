@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait sleep, other programs run as well
+
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
@@ -16,6 +21,13 @@ from dllm_gym.models.families.llada import REQUIRED, llada_weights, llama_config
 from dllm_gym.tasks import Arithmetic
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A command that a test ran may have asked for more."""
+    yield
+    torch.set_num_threads(1)
 
 
 class MixedLengths(Arithmetic):

@@ -28,7 +28,7 @@ class Numbers:
     """A tokenizer whose texts are the numbers of the tokens: nothing is lost on the way there and back."""
 
     chat_template = mask_token_id = eos_token_id = pad_token_id = None
-    added_tokens_decoder: dict[int, Any] = {}
+    added_tokens_decoder: dict[int, Any] = {}  # none has a meaning that a text could spell
 
     def get_vocab(self) -> dict[str, int]:
         return {}

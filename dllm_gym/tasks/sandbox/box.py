@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import sys
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dllm_gym.tasks.grading.workers import cores
-from dllm_gym.tasks.sandbox.folders import environment, erase, interpreter, links, others, shown, third_party
+from dllm_gym.tasks.sandbox.folders import SYSTEM, environment, erase, others, shown, third_party
 from dllm_gym.tasks.sandbox.nursery import Nursery
 
 log = logging.getLogger(__name__)
 
-TRIES = 3  # a sandbox that cannot start (no memory, no process left) is tried again
+TRIES = 3  # a sandbox that cannot start (no memory, no process left, killed) is tried again
 MOST_CORES = 4  # that a program is told of, or a default pool would be larger than it may have
+LIMITS = {"memory": 512, "processes": 128, "file_size": 16, "disk": 64, "files": 128, "output": 1 << 16}
 COMMON = (
-    "abc bisect collections copy dataclasses datetime enum functools heapq inspect io itertools json linecache math"
+    "abc bisect collections copy dataclasses datetime enum functools heapq inspect io itertools json linecache math "
+    "operator os random re statistics string struct sys tempfile textwrap threading time traceback types typing"
 )
-COMMON += " operator os random re statistics string struct sys tempfile textwrap threading time traceback types typing"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Verdict:
     Attributes:
         passed: the program and then the check ran to their end.
         reason: ``passed``, ``failed`` (an exception, see the end of ``output``), ``timeout``, ``memory``,
-            ``processes``, ``killed by signal N``, ``ended early with status N`` or ``meddled with ...``.
+            ``processes``, ``killed by signal N`` or ``ended early with status N``.
         output: the beginning of what it wrote to standard output and error.
     """
 
@@ -44,37 +45,28 @@ class Verdict:
     output: str
 
 
-class Sandbox(ABC):
+class Sandbox:
     """Runs untrusted Python programs, each in a process tree of its own that ends with the verdict.
 
-    Every program gets: a fork of an interpreter that has run no program, a session of its own, limits on time, memory,
-    file size, open files, processes and threads, an empty working directory that is gone afterwards, an environment
-    without anything of ours, ``/dev/null`` as its input, and capped output. It is loaded from a file, as a module
-    called ``solution``. Sets and dicts of strings have the same order in every run (``PYTHONHASHSEED=0``), so verdicts
-    are reproducible up to time. Linux only.
+    Every program is loaded from a file, as a module called ``solution``, in a fork of an interpreter that has run no
+    program: with limits, an empty working directory that is gone afterwards, nothing of our environment, the same
+    order of sets in every run, ``/dev/null`` as its input, and capped output. Linux only.
 
-    **What a verdict is worth.** "Passed" means that the process which loaded the program ran the check to its last
-    line: it then says a secret that it got with the check. The exit status and what is printed mean nothing, so ending
-    early (``os._exit(0)``, ``sys.exit()``, ``exec``, signals) does not help. Nothing looks for forgers: program and
-    check share one interpreter, as in every benchmark of this kind, and a program that is written to pass without
-    solving (values that equal everything, a search through its callers' frames) does. A frozen dLLM has no reason to
-    learn that.
-
-    **Time** is processor time, of all its processes together, so that a busy machine fails nobody; a program that waits
-    is ended after eight times as long by the clock. A limit per process (of the kernel) stands behind the watch.
+    "Passed" means that the process which loaded the program ran the check to its last line: it then says a secret.
+    Ending early (``os._exit(0)``, ``exec``, signals) does not help. Nothing looks for forgers: program and check share
+    one interpreter, as in every benchmark of this kind, and a program that is written to pass without solving (values
+    that equal everything, a search through its callers' frames) does.
 
     Args:
-        timeout: seconds of processor time per program.
-        memory: MiB of private memory per process, and of resident memory of all its processes together.
-        processes: how many processes and threads.
-        file_size: MiB per file.
-        disk: MiB of all files together (in namespaces, ``file_size`` more in ``/dev/shm``).
-        files: open files per process.
-        output: bytes of output that are kept; the rest is thrown away.
+        timeout: seconds of processor time per program, of all its processes together, so that a busy machine fails
+            nobody; a program that waits is ended after eight times as long by the clock.
         packages: show the installed third-party packages to the program (standard library only, if not), but those
             with a benchmark's solutions.
         preload: modules that all programs find loaded, for speed.
         workers: programs at once in :meth:`run_all`; by default the cores that this process may use.
+        limits: ``memory`` (MiB, private per process, and resident of all together), ``processes`` (and threads),
+            ``file_size`` (MiB per file), ``disk`` (MiB of all files; ``file_size`` more in ``/dev/shm``), ``files``
+            (open per process), ``output`` (bytes that are kept).
 
     Raises:
         ValueError: a limit makes no sense.
@@ -87,7 +79,6 @@ class Sandbox(ABC):
     name: ClassVar[str]
     advice: ClassVar[str]
     """What a user can do on whose machine it does not work."""
-    namespaces: ClassVar[bool]
 
     def __init__(
         self,
@@ -98,9 +89,8 @@ class Sandbox(ABC):
         workers: int | None = None,
         **limits: int,
     ):
-        unknown = set(limits) - set(LIMITS)
-        if unknown:
-            raise ValueError(f"{min(unknown)}={limits[min(unknown)]!r}: no such limit; there are {', '.join(LIMITS)}")
+        if unknown := sorted(set(limits) - set(LIMITS)):
+            raise ValueError(f"{unknown[0]}={limits[unknown[0]]!r}: no such limit; there are {', '.join(LIMITS)}")
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout!r}: need a number of seconds above 0")
         limits = {**LIMITS, **limits}
@@ -113,12 +103,12 @@ class Sandbox(ABC):
         self.settings: dict[str, Any] = {
             **limits,
             "timeout": float(timeout),
-            "namespaces": self.namespaces,
+            "namespaces": isinstance(self, NamespaceSandbox),
             "packages": folders,
             "shown": shown(folders),
             "hidden": others(folders),
-            "links": links(),
-            "python": interpreter(),
+            "links": [(path, os.readlink(path)) for path in SYSTEM if os.path.islink(path)],
+            "python": os.path.realpath(sys.executable),
             "cores": min(cores(), MOST_CORES),
             "preload": [*COMMON.split(), *preload],
             "environment": environment(),
@@ -141,14 +131,12 @@ class Sandbox(ABC):
         nursery = Nursery(self.settings, self.mark)
         trial = self._attempt(nursery, "", "")
         if not trial.passed:
-            raise ValueError(
-                f"sandbox={self.name!r} does not work on this machine: {f'{trial.reason} {trial.output}'.strip()}. "
-                f"{self.advice}"
-            )
+            why = f"{trial.reason} {trial.output}".strip()
+            raise ValueError(f"sandbox={self.name!r} does not work on this machine: {why}. {self.advice}")
         self._nursery = nursery
 
     def run(self, program: str, check: str = "") -> Verdict:
-        """Whether ``program`` and then ``check``, in the same module (called ``solution``), run to their end.
+        """Whether ``program`` and then ``check``, in the same module, run to their end.
 
         Raises:
             ValueError: the sandbox does not work on this machine.
@@ -172,42 +160,33 @@ class Sandbox(ABC):
         checks = [""] * len(programs) if checks is None else checks
         if len(checks) != len(programs):
             raise ValueError(f"checks: there are {len(checks)} for {len(programs)} programs")
-        if not programs:
-            return []
         self.prove()
-        with ThreadPoolExecutor(min(self.workers, len(programs))) as pool:
+        with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self.run, programs, checks))
 
-    @abstractmethod
-    def _folder(self) -> AbstractContextManager[str]:
+    @contextmanager
+    def _folder(self) -> Iterator[str]:
         """Where the program's files go, if not into a file system of its own."""
+        yield ""
 
     def _attempt(self, nursery: Nursery, program: str, check: str) -> Verdict:
         with self._folder() as folder:
-            told = nursery.ask(folder.encode(), source(program), source(check))
-        reason, _, output = (part.decode(errors="replace") for part in told.partition(b"\n"))
+            reason, _, output = nursery.ask(folder, program, check).partition("\n")
         return Verdict(reason == "passed", reason, output)
-
-
-LIMITS = {"memory": 512, "processes": 128, "file_size": 16, "disk": 64, "files": 128, "output": 1 << 16}
 
 
 class NamespaceSandbox(Sandbox):
     """A sandbox of Linux namespaces: what is outside does not exist for the program.
 
-    User, mount, process, network, IPC and host-name namespaces of its own, by ``unshare(2)``; no right of root, and
-    none to be had (no nested user namespace, ``no_new_privs``). The file system holds the standard library, shared
-    libraries, the system's commands and time zones (read-only), a few devices, an ``/etc`` that names one user and one
-    host, and ``/tmp``, ``/src`` and ``/dev/shm`` in memory: no home, no project, no ``/proc``. The network is a
-    loopback interface of its own. When the program ends, its time is up, or the scorer is gone, the kernel kills
-    everything in the process namespace, daemons too, and files and shared memory go with it; the process that this
-    hangs on (init) is not the program's. The keys of the user's session stay outside.
+    The file system holds the standard library, shared libraries, the system's commands and time zones (read-only), a
+    few devices, a bare ``/etc``, and ``/tmp``, ``/src`` and ``/dev/shm`` in memory: no home, no project, no ``/proc``.
+    The network is a loopback interface; no right of root is to be had. When the program ends, its time is up, or the
+    scorer is gone, the kernel kills all its processes, daemons too, and files and shared memory go with them.
 
-    A filter refuses the system calls that reach beyond namespaces or limits, or are seldom needed and often broken:
-    sockets but Unix and internet ones, keys, io_uring, bpf, userfaultfd, perf, tracing, and memory that no limit counts
-    (System V shared memory, semaphores and queues, ``memfd_create``); on x86-64 and 64-bit ARM, other processors have
-    no filter. The others are as for any container: the kernel is shared. Not limited: what the kernel keeps in the
-    buffers of sockets and pipes (less than a MiB for each open file).
+    A filter (x86-64, 64-bit ARM) refuses system calls that reach beyond namespaces and limits, or are seldom needed and
+    often broken: sockets but Unix and internet ones, keys, io_uring, bpf, userfaultfd, perf, tracing, memory that no
+    limit counts (System V, ``memfd_create``). For the others the kernel is shared, as by containers. Not limited: what
+    it keeps in the buffers of sockets and pipes (less than a MiB for each open file).
 
     Needs a kernel of 5.12 or newer that allows user namespaces to this user (many container runtimes do not).
     """
@@ -217,28 +196,20 @@ class NamespaceSandbox(Sandbox):
         "Allow user namespaces (Linux 5.12 or newer; in containers often a setting of the runtime), or accept weaker "
         "protection by asking for sandbox=rlimit"
     )
-    namespaces = True
-
-    def _folder(self) -> AbstractContextManager[str]:
-        return nullcontext("")
 
 
 class RlimitSandbox(Sandbox):
     """Limits only, for machines without namespaces: against accidents, not against intent.
 
-    Held: time, memory, file size, the filter of system calls, capped output, an empty environment and working directory
-    (removed afterwards, unless the scorer itself is killed); daemons are found and killed (the supervisor adopts them).
-
     **Not** held: the program is this user. It may read, change and delete the user's files outside its directory, use
     the network, read ``/proc``, kill the user's processes, the scorer among them, and fill more than ``disk``. The
     number of processes is watched, not enforced for root. A program that kills all processes above it leaves its own
-    behind; POSIX shared memory stays as well, and files that only root may remove (a warning says where). Use it where
-    the whole machine is a sandbox, such as a container for nothing else.
+    behind, a scorer that is killed the directory; POSIX shared memory stays as well, and files that only root may
+    remove (a warning says where). Use it where the whole machine is a sandbox, such as a container for nothing else.
     """
 
     name = "rlimit"
     advice = "It needs Linux 5.3 or newer, with /proc"
-    namespaces = False
 
     @contextmanager
     def _folder(self) -> Iterator[str]:
@@ -256,12 +227,8 @@ SANDBOXES: dict[str, type[Sandbox]] = {"namespace": NamespaceSandbox, "rlimit": 
 def make_sandbox(name: str = "auto", **settings: Any) -> Sandbox:
     """The sandbox of that name, shown to work; ``auto`` is ``namespace``, never the weaker ``rlimit``.
 
-    Args:
-        name: ``auto``, ``namespace`` or ``rlimit``.
-        settings: of :class:`Sandbox`.
-
     Raises:
-        ValueError: no such sandbox, a setting makes no sense, or it does not work on this machine.
+        ValueError: no such sandbox, a setting (of :class:`Sandbox`) makes no sense, or it does not work here.
     """
     sandbox = sandbox_kind(name)(**settings)
     sandbox.prove()
@@ -277,8 +244,3 @@ def sandbox_kind(name: str) -> type[Sandbox]:
     if name not in ("auto", *SANDBOXES):
         raise ValueError(f"sandbox={name!r} is not known: choose one of auto, {', '.join(SANDBOXES)}")
     return SANDBOXES["namespace" if name == "auto" else name]
-
-
-def source(text: str) -> bytes:
-    """A program as bytes; characters that no file can hold (lone surrogates) become question marks."""
-    return text.encode(errors="replace")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-import secrets
+import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,23 +32,13 @@ def shown(packages: Sequence[str]) -> list[str]:
     """What an interpreter and its programs need, outermost first, none inside another."""
     base = {"platbase": sys.base_exec_prefix}  # a virtual environment has nothing of the standard library
     python = [os.path.join(sys.base_prefix, "lib"), sysconfig.get_path("stdlib")]
-    python += [sysconfig.get_path("platstdlib", vars=base), interpreter(), *time_zones()]
+    python += [sysconfig.get_path("platstdlib", vars=base), os.path.realpath(sys.executable), *time_zones()]
     found: list[str] = []
     for path in sorted({os.path.abspath(path) for path in (*python, *SYSTEM, *packages)}):
         inside = any(Path(path).is_relative_to(outer) for outer in found)
         if os.path.exists(path) and not (path in SYSTEM and os.path.islink(path)) and not inside:
             found.append(path)
     return found
-
-
-def links() -> list[tuple[str, str]]:
-    """Folders of the system that are links: (where, to what)."""
-    return [(path, os.readlink(path)) for path in SYSTEM if os.path.islink(path)]
-
-
-def interpreter() -> str:
-    """The executable file of this interpreter."""
-    return os.path.realpath(sys.executable)
 
 
 def time_zones() -> list[str]:
@@ -77,7 +67,7 @@ def environment() -> dict[str, str]:
 def erase(folder: str) -> bool:
     """Remove a folder, however deep or locked what a program has made in it; whether all of it is gone.
 
-    What lies deeper is first moved up: no path gets long, and few files are open at a time.
+    By commands, since :func:`shutil.rmtree` calls itself once per level.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -85,31 +75,8 @@ def erase(folder: str) -> bool:
     >>> erase(folder), os.path.exists(folder)
     (True, False)
     """
-    end = time.monotonic() + ERASE_SECONDS
-    while time.monotonic() < end:
-        try:
-            folders = [entry.path for entry in os.scandir(folder) if not removed(entry)]
-            if not folders:
-                os.rmdir(folder)
-                return True
-            for inner in folders:
-                os.chmod(inner, 0o700)
-                for entry in os.scandir(inner):
-                    if not removed(entry):
-                        os.chmod(entry.path, 0o700)
-                        os.rename(entry.path, os.path.join(folder, secrets.token_hex(8)))
-                os.rmdir(inner)
-        except FileNotFoundError:
-            if not os.path.lexists(folder):
-                return True  # the program has moved it
-        except OSError:
-            return False
-    return False
-
-
-def removed(entry: os.DirEntry[str]) -> bool:
-    """Remove a file or link; False for a folder."""
-    if entry.is_dir(follow_symlinks=False):
-        return False
-    os.unlink(entry.path)
-    return True
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwx"], ["rm", "-rf"]):  # few programs lock what they make
+        if os.path.lexists(folder):
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):  # (no process left)
+                subprocess.run([*command, "--", folder], timeout=ERASE_SECONDS, check=False, capture_output=True)
+    return not os.path.lexists(folder)

@@ -8,14 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
 from dllm_gym.tasks.grading.workers import start
-from dllm_gym.tasks.sandbox.cage import PATIENCE, SETUP_SECONDS, frame, take
+from dllm_gym.tasks.sandbox.cage import CHUNK, PATIENCE, SETUP_SECONDS
 
 CAGE = Path(__file__).with_name("cage.py")
 GRACE_SECONDS = 60.0  # beyond its own limits, before a supervisor is given up
@@ -30,9 +29,10 @@ class Nursery:
 
     >>> from dllm_gym.tasks.sandbox import RlimitSandbox
     >>> nursery = Nursery(RlimitSandbox().settings, mark="example")
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     nursery.ask(folder.encode(), b"x = 1", b"print(x)")
-    b'passed\\n1\\n'
+    ...     nursery.ask(folder, "x = 1", "print(x)")
+    'passed\\n1\\n'
     """
 
     def __init__(self, settings: dict[str, Any], mark: str):
@@ -47,68 +47,56 @@ class Nursery:
         """Whether this process made it; a forked process makes another."""
         return self.owner == os.getpid()
 
-    def ask(self, folder: bytes, program: bytes, check: bytes) -> bytes:
-        """What is said about a program: why it ended, a line feed, its output. Any thread may ask."""
+    def ask(self, *request: str) -> str:
+        """What is said about (folder, program, check): why it ended, a line feed, its output. Any thread may ask."""
         near, far = socket.socketpair()
+        near.settimeout(self.patience)
         with near:
-            near.settimeout(self.patience)
-            with far:
-                problem = self._hand_over(far)
-            if problem:
-                return b"sandbox: " + problem
-            with contextlib.suppress(OSError):  # if it has ended already, it says why
-                near.sendall(b"".join(map(frame, (folder, program, check))))
             try:
-                return take(near.fileno(), lambda _, size: near.recv(size))
-            except (EOFError, ConnectionError):
-                return b"sandbox: its processes are gone\n"
+                with far:
+                    self._hand_over(far)
+                near.sendall(json.dumps(request).encode())
+                near.shutdown(socket.SHUT_WR)
+                with near.makefile("rb") as verdict:
+                    said = verdict.read().decode(errors="replace")
             except TimeoutError:
-                return b"sandbox: it hangs\n"
+                return "sandbox: it hangs\n"
+            except OSError:
+                said = ""
+        return said or f"sandbox: its processes are gone\n{self._complaint()}"
 
-    def _hand_over(self, far: socket.socket) -> bytes:
-        """Send the far end of a line to the process; if that fails, what it has said."""
+    def _hand_over(self, far: socket.socket) -> None:
+        """Send the far end of a line to the process; if it has been killed, the next one gets a new process."""
         with self.lock:
-            for fresh in (self.line is None, True):
-                problem = self._start() if fresh else b""
-                if problem or self.line is None:
-                    return problem
-                try:
-                    socket.send_fds(self.line, [b"+"], [far.fileno()])
-                    return b""
-                except OSError:  # it has been killed
-                    self.close()
-            return b"it does not stay alive"
+            line = self.line or self._start()
+            try:
+                socket.send_fds(line, [b"+"], [far.fileno()])
+            except OSError:
+                self.close()
+                raise
 
-    def _start(self) -> bytes:
-        self.close()
+    def _start(self) -> socket.socket:
         near, far = socket.socketpair()
-        arguments = json.dumps({**self.settings, "scorer": os.getpid()})
-        with far, tempfile.TemporaryFile() as errors:
+        settings = json.dumps({**self.settings, "scorer": os.getpid()})
+        with far:
             process = start(
-                [sys.executable, "-P", "-s", "-S", "-X", "utf8", CAGE, arguments, self.mark],
+                [sys.executable, "-P", "-s", "-S", "-X", "utf8", CAGE, settings, self.mark],
                 stdin=far,
                 stdout=subprocess.DEVNULL,
-                stderr=errors,
+                stderr=far,  # says nothing unless it fails
                 env=self.settings["environment"],
                 cwd="/",
                 start_new_session=True,
             )
-            far.close()
-            near.settimeout(SETUP_SECONDS)
-            try:
-                ready = near.recv(1)
-            except OSError:
-                ready = b""
-            if not ready:
-                near.close()
-                process.kill()
-                status = process.wait()
-                errors.seek(0)
-                return f"its process does not start (status {status})\n".encode() + errors.read()
-        near.settimeout(None)
         self.line = near
         self._end = weakref.finalize(self, hang_up, near, process, os.getpid())
-        return b""
+        return near
+
+    def _complaint(self) -> str:
+        """What the process has said on its standard error."""
+        with self.lock, contextlib.suppress(OSError):
+            return self.line.recv(CHUNK, socket.MSG_DONTWAIT).decode(errors="replace") if self.line else ""
+        return ""
 
     def close(self) -> None:
         """End the process and all programs that run."""
