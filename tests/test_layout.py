@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,9 @@ def test_every_configuration_says_first_what_it_is(path):
     lines = path.read_text().splitlines()
     first = lines["@package" in lines[0]]  # which Hydra finds nowhere but in the very first line
     assert first.startswith("# ") and len(first.split()) > 3 and "python scripts" not in first
+
+
+def test_contributing_points_at_what_is_there():
+    named = re.findall(r"`([\w.]+/[\w./]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
