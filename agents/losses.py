@@ -57,7 +57,7 @@ class EpisodeMean:
 
     def forward(self, steps: TensorDictBase) -> TensorDict:
         weight = steps["weight"]  # (N,)
-        out = super().forward(steps)
+        out = super().forward(steps)  # type: ignore[misc]  # of the loss that it is mixed into
         reduced = {
             k: (v.reshape(weight.shape) * weight).sum() if k.startswith("loss_") else v
             for k, v in out.items()
@@ -79,7 +79,7 @@ class GRPOLoss(EpisodeMean, ClipPPOLoss):
 def check_clip(clip_epsilon: float | Sequence[float]) -> float | tuple[float, float]:
     """``clip_epsilon`` in the form that TorchRL takes; ValueError if it is out of range."""
     single = isinstance(clip_epsilon, int | float) and not isinstance(clip_epsilon, bool)
-    pair = (clip_epsilon, clip_epsilon) if single else clip_epsilon
+    pair: Any = (clip_epsilon, clip_epsilon) if single else clip_epsilon
     numbers = (
         isinstance(pair, list | tuple)
         and len(pair) == 2

@@ -144,7 +144,7 @@ def join(parts: Sequence[Episodes]) -> Episodes:
 def play_groups(
     env: DLLMUnmaskVectorEnv,
     players: Sequence[tuple[Player, int]],
-    prompts: Sequence[int],
+    prompts: Sequence[int] | np.ndarray,
     seed: int,
     observes: Sequence[str] | None = None,
 ) -> Episodes:
@@ -160,7 +160,7 @@ def play_groups(
     for number, (player, count) in enumerate(players):
         own_seed = int(np.random.default_rng([seed, number]).integers(1 << 31))
         own_alphas = None if alphas is None else np.repeat(alphas, count).tolist()
-        batch, results = rollout(env, player, np.repeat(prompts, count), own_seed, observes, alphas=own_alphas)
+        batch, results = rollout(env, player, np.repeat(prompts, count).tolist(), own_seed, observes, alphas=own_alphas)
         batch["expert"] = torch.full(batch.shape, number > 0, device=env.device)
         group = torch.arange(len(prompts), device=env.device).repeat_interleave(count)
         parts.append(Episodes(batch, results.reward, group, [results] if number == 0 else []))
@@ -179,7 +179,8 @@ def _play(
         raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
     E, B, device, core = len(examples), env.num_envs, env.device, env.core
     chosen = [check_example(e, len(core.examples)) for e in examples]
-    host = {"r": np.zeros(E, np.float32), "score": np.zeros(E, np.float32), "l": np.zeros(E, np.int64)}
+    kinds = {"r": np.float32, "score": np.float32, "l": np.int64}
+    host: dict[str, np.ndarray] = {name: np.zeros(E, kind) for name, kind in kinds.items()}
     completions = [""] * E
     forwards = core.row_forwards
     # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.

@@ -34,7 +34,7 @@ class Prompts:
 
     def take(self, count: int) -> np.ndarray:
         """The next indices [count]."""
-        positions = np.arange(self.taken, self.taken + count)
+        positions = range(self.taken, self.taken + count)
         passes = range(positions[0] // self.total, positions[-1] // self.total + 1)
         shuffled = {i: np.random.default_rng([self.seed, i]).permutation(self.total) for i in passes}
         self.taken += count

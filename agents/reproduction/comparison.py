@@ -18,8 +18,8 @@ from agents.runs.strangers import Allowed, read_config, read_overrides
 
 MEASURED = ("accuracy", "nfe", "reward", "episodes", "row_forwards", "minutes")
 # Settings that change how fast a run is or what is written about it, not what it learns.
-ASIDE = ("seed", "resume", "device", "threads", "checkpoint_every", "checkpoint_minutes", "checkpoints", "trust")
-ASIDE += ("heuristics", "logger")
+ASIDE: tuple[str, ...] = ("seed", "resume", "device", "threads", "checkpoint_every", "checkpoint_minutes")
+ASIDE += ("checkpoints", "trust", "heuristics", "logger")
 
 
 @dataclass
