@@ -23,7 +23,6 @@ class Algorithm:
     Args:
         actor: TorchRL actor (``policies.make_actor``), trained in place.
         descent: gradient steps along the algorithm's loss.
-        also: observation entries that the algorithm reads and the actor does not.
 
     Attributes:
         observes: observation entries that rollouts have to record.
@@ -34,9 +33,9 @@ class Algorithm:
     compares: bool = False
     requires: Mapping[str, int] = {}
 
-    def __init__(self, actor: ProbabilisticActor, descent: Descent, also: tuple[str, ...] = ()):
+    def __init__(self, actor: ProbabilisticActor, descent: Descent):
         self.actor, self.descent = actor, descent
-        self.observes = list(dict.fromkeys([*actor.in_keys, *also]))
+        self.observes = list(actor.in_keys)
 
     def players(self, policy: PolicyDecider, group_size: int) -> list[tuple[Player, int]]:
         """Who plays the round's episodes, and how many of each prompt: by default the policy, ``group_size`` times.

@@ -58,3 +58,9 @@ def pair_dllm() -> DLLM:
     head = nn.Linear(len(vocabulary), len(vocabulary), bias=False)
     nn.init.eye_(head.weight)
     return DLLM(OrderedPair(vocabulary, tiny.mask_id), head, tiny.tokenizer, tiny.config)
+
+
+def act(core, action):
+    """A step of the process: commit an action, and wait for what it did."""
+    core.commit(action)
+    return core.settle()

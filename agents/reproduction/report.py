@@ -300,19 +300,11 @@ def write_page(evidence: Evidence, path: Path) -> None:
     atomically(path, lambda file: file.write_text(text))
 
 
-def page(evidence: Evidence, fronts: str) -> str:
-    """The page; ``fronts`` is its part with the pictures."""
-    examples = sorted({row["examples"] for row in evidence.rows if row["split"] == "test"})
-    seeds = sorted({row["seed"] for row in evidence.rows if row["kind"] in LEARNED})
-    done, jobs = evidence.jobs
-    missing = f" **{jobs - done} of {jobs} jobs are not done yet; what follows is what the others show.**" * (
-        done < jobs
-    )
-    return f"""# Results
+PAGE = """# Results
 
 Written by `scripts/reproduce.py` from its table, not by hand.{missing}
-{" or ".join(map(str, examples))} test examples; trainings with seeds {", ".join(map(str, seeds))};
-{done} jobs in {len(evidence.minutes)} session(s), {sum(evidence.minutes):.0f} minutes in all
+{examples} test examples; trainings with seeds {seeds};
+{done} jobs in {sessions} session(s), {minutes:.0f} minutes in all
 (sessions side by side count one by one).
 
 - Points of policies are means over seeds (± standard deviation over seeds). Intervals are 95 % bootstrap intervals over
@@ -325,15 +317,15 @@ Written by `scripts/reproduce.py` from its table, not by hand.{missing}
 Overrides of `scripts/train.py` and `scripts/evaluate.py` behind this page (`conf/reproduce.yaml`):
 
 ```yaml
-{evidence.settings}
+{settings}
 ```
 
 ## Claims
 
-The verdicts are those against the papers' heuristics ({", ".join(PAPERS)}).
+The verdicts are those against the papers' heuristics ({papers}).
 Each claim is also measured against every heuristic here, the EB-Sampler (eb) and KLASS included.
 
-{claims_section(evidence.findings, evidence.notes)}
+{claims}
 ## Fronts
 
 Large marks: means over seeds; small ones: seeds. The bands of the learning curves are the range over seeds.
@@ -345,7 +337,7 @@ The mean accuracy over NFE in [1, L]. First the claim's: the fastest point of al
 with everything unmasked at once no rule makes a difference. Then without that shared point: a front is 0 left of its
 own first one. Then with it over log NFE, which weighs the fast end as the pictures do.
 
-{areas_table(cells(evidence.rows))}
+{areas}
 ## Training
 
 Means over rounds and seeds: the share of steps that unmask nothing, of groups (of all that were played) whose rewards
@@ -353,9 +345,35 @@ are all equal, of lanes that wait for the end of their batch (they are not forwa
 groups with equal rewards that are still there in the updates, after others were played in their place
 (`agent.max_batches`; 1 is the plain scheme). Minutes are those of the rounds on one thread, beside another job.
 
-{training_table(evidence.trainings)}
+{training}
 ## Transfer
 
-Policies moved, untouched, to what they were not trained on. {evidence.notes.get("transfer") or ""}
+Policies moved, untouched, to what they were not trained on. {transfer_note}
 
-{transfer_table(transfers(evidence.rows))}"""
+{transfers}"""
+
+
+def page(evidence: Evidence, fronts: str) -> str:
+    """The page; ``fronts`` is its part with the pictures."""
+    examples = sorted({row["examples"] for row in evidence.rows if row["split"] == "test"})
+    seeds = sorted({row["seed"] for row in evidence.rows if row["kind"] in LEARNED})
+    done, jobs = evidence.jobs
+    missing = f" **{jobs - done} of {jobs} jobs are not done yet; what follows is what the others show.**" * (
+        done < jobs
+    )
+    return PAGE.format(
+        missing=missing,
+        examples=" or ".join(map(str, examples)),
+        seeds=", ".join(map(str, seeds)),
+        done=done,
+        sessions=len(evidence.minutes),
+        minutes=sum(evidence.minutes),
+        settings=evidence.settings,
+        papers=", ".join(PAPERS),
+        claims=claims_section(evidence.findings, evidence.notes),
+        fronts=fronts,
+        areas=areas_table(cells(evidence.rows)),
+        training=training_table(evidence.trainings),
+        transfer_note=evidence.notes.get("transfer") or "",
+        transfers=transfer_table(transfers(evidence.rows)),
+    )

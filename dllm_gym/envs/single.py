@@ -145,7 +145,8 @@ class DLLMUnmaskEnv(gym.Env):
         """
         if self._over is not False:
             raise gym.error.ResetNeeded("step() was called before reset()" if self._over is None else "episode is over")
-        outcome = self.core.act(check_action(action, (self.core.L,), self.core.dllm.device)[None])
+        self.core.commit(check_action(action, (self.core.L,), self.core.dllm.device)[None])
+        outcome = self.core.settle()
         self._over = bool(outcome.done[0])
         info = {}
         if self._over:

@@ -319,11 +319,6 @@ class Unmasking:
 
     # ---- a step ----
 
-    def act(self, action: Tensor) -> Outcome:
-        """:meth:`commit` an action and :meth:`settle` at once."""
-        self.commit(action)
-        return self.settle()
-
     def commit(self, action: Tensor) -> np.ndarray:
         """Commit the proposals at chosen legal positions; answers that are complete go to the graders.
 

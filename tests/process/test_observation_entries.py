@@ -12,6 +12,7 @@ import torch
 from conftest import llada_fields
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
+from toys import act
 
 import dllm_gym  # noqa: F401
 from agents.rollout import evaluate
@@ -119,32 +120,32 @@ def test_kl_is_newest_first_the_most_before_and_zero_for_a_wasted_step():
     core = start(1)
     assert (core.observe()["kl"] == KL_MOST).all()
     nothing, one = torch.zeros(1, 20), torch.eye(20)[[7]]
-    core.act(nothing)
+    act(core, nothing)
     core.predict()
     assert core.row_forwards == 1
     assert (core.observe()["kl"] == torch.tensor([0.0, KL_MOST, KL_MOST])).all()
-    core.act(one)
+    act(core, one)
     core.predict()
     kl = core.observe()["kl"][0]
     assert (kl[7] == 0).all()  # committed
     left = torch.arange(20) != 7
     assert (kl[left, 0] > 0.1).any() and (kl[left, 0] < KL_MOST).all()
     assert (kl[left, 1] == 0).all() and (kl[left, 2] == KL_MOST).all()
-    core.act(nothing)
+    act(core, nothing)
     core.predict()
     later = core.observe()["kl"][0]
     assert torch.equal(later[left, 1], kl[left, 0]) and (later[left, 0] == 0).all() and (later[left, 2] == 0).all()
-    core.act(torch.ones(1, 20))
+    act(core, torch.ones(1, 20))
     assert (core.observe()["kl"] == 0).all() and (core.observe()["entropy"] == 0).all()
     assert (core.observe()["margin"] == 1).all()
 
 
 def test_a_lane_that_is_over_or_empty_does_not_move_on():
     core = start(max_episode_steps=1)
-    core.act(torch.eye(20)[[3, 4]])
+    act(core, torch.eye(20)[[3, 4]])
     core.predict()
     seen = core.observe()
-    core.act(torch.zeros(2, 20))  # both lanes were truncated: no step of an episode
+    act(core, torch.zeros(2, 20))  # both lanes were truncated: no step of an episode
     core.predict()
     assert torch.equal(core.observe()["kl"], seen["kl"]) and (seen["kl"][0, 5, 1:] == KL_MOST).all()
     core.begin([0, 1], [-1, -1], [0, 0])
@@ -200,7 +201,7 @@ def test_entries_are_off_by_default_and_change_nothing_else():
     assert asked.observe()["confidence"].shape == (2, 20, 1)
     for _ in range(3):
         for core in (plain, asked):
-            core.act(torch.eye(20)[[int(core.steps[0]), 7]])
+            act(core, torch.eye(20)[[int(core.steps[0]), 7]])
             core.predict()
         assert torch.equal(plain.tokens, asked.tokens) and torch.equal(
             plain.predictions.proposal, asked.predictions.proposal
@@ -319,7 +320,7 @@ def test_reductions_in_pieces_give_the_same(monkeypatch):
     for core in (pieces, together):
         if core is pieces:
             monkeypatch.setattr(vocabulary, "PART", 25)
-        core.act(torch.eye(20)[[3, 4]])
+        act(core, torch.eye(20)[[3, 4]])
         core.predict()
         monkeypatch.undo()
     for name in NAMES:

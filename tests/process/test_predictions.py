@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import act
 
 from agents.rollout import evaluate
 from dllm_gym.deciders.distributions import MaskedBernoulli
@@ -206,11 +207,11 @@ def test_an_end_of_text_ends_an_episode_once_nothing_before_it_is_masked():
     core.predict()
     core.predictions.proposal[0, 3] = core.dllm.eos_id
     commit = lambda *places: torch.stack([torch.isin(torch.arange(20), torch.tensor(p)) for p in places])  # noqa: E731
-    assert not core.act(commit([3], [3])).done.any()  # masks before it
+    assert not act(core, commit([3], [3])).done.any()  # masks before it
     core.predict()
-    assert not core.act(commit([0, 2], [0, 2])).done.any()
+    assert not act(core, commit([0, 2], [0, 2])).done.any()
     core.predict()
-    outcome = core.act(commit([1], [1]))
+    outcome = act(core, commit([1], [1]))
     assert outcome.terminated.tolist() == [True, False] and outcome.nfe[0] == 3
     assert len(core.completions[0]) == 3 and core.running.tolist() == [False, True]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toys import act
 
 from agents.rollout import evaluate
 from dllm_gym.deciders.distributions import ZeroTruncatedBernoulli
@@ -92,7 +93,7 @@ def test_transition_by_hand():
     assert seen["action_mask"].sum(1).tolist() == [5, 5] and seen["mask"].sum(1).tolist() == [20, 20]
     action = torch.zeros(2, 20, dtype=torch.int8)
     action[0, [1, 3, 9]] = 1  # 9 lies outside the active block
-    outcome = core.act(action)
+    outcome = act(core, action)
     assert not outcome.done.any() and outcome.reward.tolist() == [0, 0]
     assert core.stale.tolist() == [True, False]  # lane 1 wasted its step: its prediction still holds
     core.predict()
@@ -103,7 +104,7 @@ def test_transition_by_hand():
     assert after["confidence"][0, 1].tolist() == [1, 0] and after["confidence"][0, 3].tolist() == [1, 0]
     assert torch.equal(after["confidence"][1], seen["confidence"][1])
     torch.testing.assert_close(after["time"], torch.full((2, 1), 1 / 20))
-    core.act(torch.ones(2, 20))  # committed positions are not overwritten: only 0, 2, 4 change
+    act(core, torch.ones(2, 20))  # committed positions are not overwritten: only 0, 2, 4 change
     assert core.tokens[0, -20:][[1, 3]].tolist() == proposal[0, [1, 3]].tolist()
     assert core.mask[0].nonzero().flatten().tolist() == list(range(5, 20))
 
@@ -111,27 +112,27 @@ def test_transition_by_hand():
 def test_an_empty_action_costs_a_step_and_no_forward():
     core = start()
     before = core.row_forwards
-    core.act(torch.zeros(2, 20))
+    act(core, torch.zeros(2, 20))
     core.predict()
     assert core.row_forwards == before and core.steps.tolist() == [1, 1]
-    outcome = core.act(torch.ones(2, 20))
+    outcome = act(core, torch.ones(2, 20))
     assert outcome.terminated.all() and outcome.nfe.tolist() == [2, 2]
 
 
 def test_the_step_limit_truncates_and_grades_what_stands():
     core = start(max_episode_steps=3)
     for _ in range(2):
-        assert not core.act(torch.zeros(2, 20)).done.any()
-    outcome = core.act(torch.zeros(2, 20))
+        assert not act(core, torch.zeros(2, 20)).done.any()
+    outcome = act(core, torch.zeros(2, 20))
     assert outcome.truncated.all() and not outcome.terminated.any()
     assert outcome.nfe.tolist() == [3, 3] and outcome.score.tolist() == [0, 0] and core.completions == ["", ""]
-    core.act(torch.ones(2, 20))  # nothing moves after the end
+    act(core, torch.ones(2, 20))  # nothing moves after the end
     assert core.mask.all() and core.steps.tolist() == [3, 3]
 
 
 def test_termination_on_the_last_allowed_step_is_not_truncation():
     core = start(max_episode_steps=1)
-    outcome = core.act(torch.ones(2, 20))
+    outcome = act(core, torch.ones(2, 20))
     assert outcome.terminated.all() and not outcome.truncated.any()
 
 
@@ -148,7 +149,7 @@ def test_hidden_states_are_those_of_the_model(tiny):
     tokens = core.tokens.clone()
     expected = tiny.backbone(input_ids=tokens).last_hidden_state[:, -20:]
     torch.testing.assert_close(core.observe()["hidden"], expected, atol=1e-5, rtol=1e-5)
-    core.act(torch.eye(20)[[3, 4]])
+    act(core, torch.eye(20)[[3, 4]])
     core.predict()
     expected = tiny.backbone(input_ids=core.tokens).last_hidden_state[:, -20:]
     torch.testing.assert_close(core.observe()["hidden"], expected, atol=1e-5, rtol=1e-5)
@@ -156,9 +157,9 @@ def test_hidden_states_are_those_of_the_model(tiny):
 
 def test_callable_rewards_and_lengths_of_ones_own(tiny):
     core = start(gen_length=24, block_length=8, reward=lambda score, steps, length: 1.0 * steps + length)
-    assert core.act(torch.ones(2, 24)).done.tolist() == [False, False]
-    core.act(torch.ones(2, 24))
-    assert core.act(torch.ones(2, 24)).reward.tolist() == [27.0, 27.0]
+    assert act(core, torch.ones(2, 24)).done.tolist() == [False, False]
+    act(core, torch.ones(2, 24))
+    assert act(core, torch.ones(2, 24)).reward.tolist() == [27.0, 27.0]
 
 
 BAD = [
