@@ -114,8 +114,26 @@ HEAVY = ("torch", "torchrl", "tensordict", "transformers", "datasets", "matplotl
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_every_command_starts_before_what_takes_seconds(path):
     """It shows its first line, and what lets torch sleep while it waits is set, before whatever imports torch."""
-    assert loaded(f"sys.path.insert(0, 'scripts')\nimport {path.stem}", list(HEAVY)) == "[]\n"
-    assert loaded(f"sys.path.insert(0, 'scripts')\nimport {path.stem}", ["prelude"]) == "['prelude']\n"
+    assert loaded(f"sys.path.insert(0, 'scripts')\nimport {path.stem}", ["prelude", *HEAVY]) == "['prelude']\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "first"),
+    [
+        ("train", "agent=ppo", "train: model=tiny, task=sudoku, agent=ppo in outputs/train/"),
+        ("evaluate", "checkpoint=mine", "evaluate: checkpoint=mine in outputs/evaluate/"),
+        ("watch", "task=arithmetic", "watch: model=tiny, task=arithmetic\n"),
+        ("compare", "runs=[a,b]", "compare: runs=['a', 'b']\n"),
+        ("plot", "results=a.json", "plot: results=a.json\n"),
+        ("reproduce", "folder=mine", "reproduce: folder=mine\n"),
+        ("benchmark", "threads=1", "benchmark: measure=['embedded'] in outputs/benchmark/"),
+    ],
+)
+def test_the_first_line_comes_before_the_checks_that_import(name, setting, first):
+    stop_there = "import command\ncommand.check_values = lambda settings: sys.exit(0)"
+    start = f"sys.path.insert(0, 'scripts')\nsys.argv = ['{name}.py', {setting!r}]\n{stop_there}\nimport {name}"
+    shown = loaded(f"{start}\ntry:\n    {name}.main()\nexcept SystemExit:\n    pass", list(HEAVY))
+    assert shown.startswith(first) and shown.endswith("\n[]\n"), shown
 
 
 @pytest.mark.parametrize(
