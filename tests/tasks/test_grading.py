@@ -15,8 +15,9 @@ import pytest
 
 from dllm_gym.tasks import GSM8K, Countdown, Math, SudokuFile
 from dllm_gym.tasks.countdown import evaluate
+from dllm_gym.tasks.grading import latex, workers
 from dllm_gym.tasks.grading.latex import equivalent, equivalent_all
-from dllm_gym.tasks.grading.text import boxes, latex, marked, number_answer, numbers, same_number, workers
+from dllm_gym.tasks.grading.text import boxes, marked, number_answer, numbers, same_number
 from dllm_gym.tasks.grading.workers import Pool, Worker, harmless
 
 # ---- numbers ----
@@ -481,7 +482,7 @@ def gone(pids: list[int], seconds: float = 20) -> bool:
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks processes up in /proc")
 ASK = """
 import os, signal, sys
-from dllm_gym.tasks.grading.text import latex
+from dllm_gym.tasks.grading import latex
 assert latex.equivalent("x+x", "2x")
 worker = latex.POOL.idle.get_nowait()
 latex.POOL.idle.put(worker)

@@ -20,7 +20,7 @@ import pytest
 from hostile.honest import HONEST
 from hostile.programs import CHECK, GREEDY, INTRUDERS, LEAVERS
 
-from dllm_gym.tasks.grading.text import workers
+from dllm_gym.tasks.grading import workers
 from dllm_gym.tasks.sandbox import NamespaceSandbox, RlimitSandbox, Verdict, make_sandbox, nursery
 from dllm_gym.tasks.sandbox.cage import EVERYWHERE, FILTERED
 from dllm_gym.tasks.sandbox.folders import erase, shown
