@@ -29,7 +29,21 @@ NOT_OF_THE_NETWORK = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """How a checkpoint is wanted; the fields are those of :func:`~dllm_gym.models.load_dllm`."""
+    """How a checkpoint is wanted, as :func:`~dllm_gym.models.load_dllm` was asked.
+
+    Attributes:
+        device: where the weights go. dtype: of the computation; confidences are float32 in any case.
+        device_map: spread the weights over several devices instead, as in transformers (``"auto"``, or module names
+            to devices); ``device`` has no say then. Needs accelerate.
+        quantization: ``"int8"`` or ``"int4"`` weights, computed in ``dtype``. Needs bitsandbytes.
+        rope_float32: rotate queries and keys in float32, as LLaDA's own code does in half precision. Off by default:
+            the rotation is then done in ``dtype``, which moves bf16 logits by less than bf16 rounding itself does.
+        chat_template: put prompts into the tokenizer's chat template. Base models carry a template that they were
+            not trained with: turn it off for them.
+        mask_token: the mask token's text, for a checkpoint that does not name it.
+        compile: let torch.compile build the network, with CUDA graphs on a GPU. Forwards are then rounded up to shapes
+            that come again; the first ones take tens of seconds.
+    """
 
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32

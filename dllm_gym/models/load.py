@@ -86,16 +86,8 @@ def load_dllm(
             ``@revision``), or a DLLM, which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
-        device_map: spread the weights over several devices instead, as in transformers (``"auto"``, or module names
-            to devices); ``device`` has no say then. Needs accelerate.
-        quantization: ``"int8"`` or ``"int4"`` weights, computed in ``dtype``. Needs bitsandbytes.
-        rope_float32: rotate queries and keys in float32, as LLaDA's own code does in half precision. Off by default:
-            the rotation is then done in ``dtype``, which moves bf16 logits by less than bf16 rounding itself does.
-        chat_template: put prompts into the tokenizer's chat template. Base models carry a template that they were
-            not trained with: turn it off for them.
-        mask_token: the mask token's text, for a checkpoint that does not name it.
-        compile: let torch.compile build the network, with CUDA graphs on a GPU. Forwards are then rounded up to shapes
-            that come again; the first ones take tens of seconds.
+        device_map, quantization, rope_float32, chat_template, mask_token, compile: fields of
+            :class:`~dllm_gym.models.checkpoint.Settings`.
 
     Raises:
         ValueError: no such model; not a supported family; weights that are missing, unexpected, mis-shaped or
@@ -108,30 +100,36 @@ def load_dllm(
     """
     dtype = None if dtype is None else check_dtype(dtype)
     device = None if device is None else check_device(device)
-    if mask_token is not None and not isinstance(mask_token, str):
-        raise ValueError(f"mask_token={mask_token!r} is not valid: give the token's text")
-    switches = {"rope_float32": rope_float32, "chat_template": chat_template, "compile": compile}
-    rope_float32, chat_template, compile = (flag(name, value) for name, value in switches.items())
-    items = check_device_map(device_map)
-    options: dict[str, Any] = {
-        "device_map": items,
-        "quantization": quantization,
-        "rope_float32": rope_float32,
-        "chat_template": chat_template,
-        "mask_token": mask_token,
-        "compile": compile,
-    }
+    options = check_options(
+        device_map=check_device_map(device_map),
+        quantization=quantization,
+        rope_float32=rope_float32,
+        chat_template=chat_template,
+        mask_token=mask_token,
+        compile=compile,
+    )
     if isinstance(model, DLLM):
         refuse_another(model, device, dtype, options)
         return model
     settings = Settings(device or torch.device("cpu"), dtype or torch.float32, **options)
+    name = full_name(model)
+    with _loading:  # transformers' verbosity is the process's, and two threads would load twice
+        return _load(name, settings)
+
+
+def check_options(**options: Any) -> dict[str, Any]:
+    """The fields of ``Settings`` that were asked for; ValueError for a switch or a text that is none."""
+    if options["mask_token"] is not None and not isinstance(options["mask_token"], str):
+        raise ValueError(f"mask_token={options['mask_token']!r} is not valid: give the token's text")
+    return options | {name: flag(name, options[name]) for name in ("rope_float32", "chat_template", "compile")}
+
+
+def full_name(model: str | Path) -> str:
+    """Of a shipped dLLM, a folder or a hub id; the same relative path is another folder after a chdir."""
     name = str(model) if model is not None else ""
     if not name.strip():
         raise ValueError(f"model={model!r}: give {', '.join(map(repr, SHIPPED))}, a folder or a hub id")
-    if name not in SHIPPED and Path(name).is_dir():
-        name = str(Path(name).resolve())  # the same relative path is another folder after a chdir
-    with _loading:  # transformers' verbosity is the process's, and two threads would load twice
-        return _load(name, settings)
+    return str(Path(name).resolve()) if name not in SHIPPED and Path(name).is_dir() else name
 
 
 def refuse_another(dllm: DLLM, device: torch.device | None, dtype: torch.dtype | None, options: dict[str, Any]) -> None:
