@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from dllm_gym.models import DLLM, load_dllm
+from dllm_gym import tasks
+from dllm_gym.models import DLLM, load, load_dllm
 from dllm_gym.models.families.llada import REQUIRED, llada_weights, llama_config
 from dllm_gym.tasks import Arithmetic
 
@@ -76,3 +78,13 @@ def checkpoint(tmp_path, tiny) -> Path:
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(0)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What the programs in examples/ register is gone after the test, and so are they."""
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    monkeypatch.setattr(load, "FAMILIES", dict(load.FAMILIES))
+    yield
+    for path in (Path(__file__).parents[1] / "examples").glob("*.py"):
+        sys.modules.pop(path.stem, None)

@@ -10,21 +10,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-import dllm_gym.models.load as loading
 from dllm_gym import tasks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch):
-    """Imports one; what it registers is gone after the test."""
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    monkeypatch.setattr(loading, "FAMILIES", dict(loading.FAMILIES))
+def example(registered, monkeypatch):
+    """Imports one."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module
-    for path in EXAMPLES.glob("*.py"):
-        importlib.sys.modules.pop(path.stem, None)
+    return importlib.import_module
 
 
 def test_the_task_is_asked_played_and_graded_on_the_shipped_dllm(example, monkeypatch, tmp_path):

@@ -98,7 +98,7 @@ def told(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if told(page)], ids=name)
-def test_the_commands_of_a_page_are_accepted(page, tmp_path, monkeypatch):
+def test_the_commands_of_a_page_are_accepted(page, registered, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     for command in told(page):
         check_command(command, monkeypatch)
