@@ -32,7 +32,9 @@ def number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: float | None = None
 ) -> float:
     """A finite number from ``least`` to ``most``, greater than ``above`` if that is given."""
-    fits = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if isinstance(value, np.floating):
+        value = float(value)  # comparing a float32 with what it cannot hold would warn
+    fits = isinstance(value, int | float | np.integer) and not isinstance(value, bool)
     fits = fits and abs(value) <= sys.float_info.max  # not a NaN either; math.isfinite refuses larger integers
     if not fits or not least <= value <= most or (above is not None and value <= above):
         bounds = [] if above is None else [f"> {above:g}"]

@@ -19,7 +19,7 @@ class EntropyPolicy(Policy):
     reads = ("confidence", "entropy", "mask")
 
     def __init__(self, *, width: int = 64, output_bias: float = -2.0, candidates: int | None = None):
-        super().__init__(width=width, output_bias=output_bias, candidates=candidates)
+        super().__init__(candidates=candidates)
         self.layers = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.head = smart_head(width, output_bias)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from dllm_gym.checks import flag, number, whole
 from dllm_gym.models import DLLM
-from dllm_gym.process.rewards import Reward
+from dllm_gym.process.rewards import AlphaRange, Reward
 from dllm_gym.tasks import Task
 
+LENGTHS = ("gen_length", "max_prompt_length", "block_length", "max_episode_steps")  # None, or at least 1
 EMPTY = -1  # in place of an example: the lane holds no episode
 
 
@@ -48,6 +50,9 @@ class EnvConfig:
             keeps a distribution per position: num_envs * L * V * 4 bytes on the device (V: the vocabulary).
         device, dtype: of the dLLM (CPU and float32 by default); observations live on the same device, confidences are
             float32.
+
+    Raises:
+        ValueError: a setting is wrong by itself, whatever the task and the dLLM; those have their own say later.
     """
 
     model: str | DLLM = "tiny"
@@ -70,6 +75,25 @@ class EnvConfig:
     kl: int = 0
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool):
+                self._put(field.name, flag(field.name, value))
+            elif field.name in LENGTHS and value is not None:
+                self._put(field.name, whole(field.name, value))
+        self._put("top_k", whole("top_k", self.top_k))
+        self._put("kl", whole("kl", self.kl, least=0))
+        self._put("temperature", number("temperature", self.temperature, least=0))
+        if self.kl and not self.lookahead:
+            raise ValueError(f"lookahead=False: the divergences of kl={self.kl} need the predictions of every step")
+        if AlphaRange.of(self.alpha) is not None and callable(self.reward):
+            raise ValueError(f"alpha={self.alpha!r}: a reward of your own is called without an alpha, give a number")
+
+    def _put(self, name: str, value: Any) -> None:
+        """A checked value in plain Python (not NumPy's), in place of the one given."""
+        object.__setattr__(self, name, value)  # frozen for everybody else
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> EnvConfig:

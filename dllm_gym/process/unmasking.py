@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm_gym.checks import flag, number, whole
+from dllm_gym.checks import whole
 from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.models.batches import download, upload
 from dllm_gym.noise import fold, uniform
@@ -64,10 +64,6 @@ class Outcome:
         return self.terminated | self.truncated
 
 
-def default(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
-
-
 def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """A call in a thread of its own (a pool of threads would not survive a fork of the process)."""
     future: Future[Any] = Future()
@@ -106,32 +102,22 @@ class Unmasking:
     def __init__(self, num_lanes: int, config: EnvConfig):
         self.B = whole("num_envs", num_lanes, most=MOST_LANES)
         self.alpha_range: AlphaRange | None = AlphaRange.of(config.alpha)
-        if self.alpha_range is not None and callable(config.reward):
-            raise ValueError(f"alpha={config.alpha!r}: a reward of your own is called without an alpha, give a number")
         alpha: Any = config.alpha if self.alpha_range is None else self.alpha_range.low
         self.reward_name, self.reward = config.reward, make_reward(config.reward, alpha)
+        self.stop_at_eos, self.lookahead = config.stop_at_eos, config.lookahead
         self.task = make_task(config.task)
-        self.L: int = whole("gen_length", default(config.gen_length, self.task.gen_length))
-        self.block_length = whole("block_length", default(config.block_length, self.L))
+        self.L: int = config.gen_length or whole("gen_length", self.task.gen_length)
+        self.block_length = config.block_length or self.L
         if self.L % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide gen_length={self.L}")
-        self.max_steps: int = whole("max_episode_steps", default(config.max_episode_steps, self.L))
-        number("temperature", config.temperature, least=0)
-        self.sampling = Sampling(
-            whole("top_k", config.top_k),
-            float(config.temperature),
-            **{name: flag(name, getattr(config, name)) for name in FLAGS},
-            log_prob=whole("kl", config.kl, least=0) > 0,
-        )
+        self.max_steps: int = config.max_episode_steps or self.L
+        asked = {name: getattr(config, name) for name in FLAGS}
+        self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0)
         self.dllm: DLLM = load_dllm(config.model, config.device, config.dtype)
-        if self.sampling.top_k > self.dllm.vocab_size:
+        if config.top_k > self.dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {self.dllm.vocab_size} tokens")
         self.examples = self._within(self.task.examples(config.split).to_list(), config.max_prompt_length)
         self._check_prompt(max(self.examples, key=lambda example: len(str(self.task.prompt(example)))))
-        self.stop_at_eos = flag("stop_at_eos", config.stop_at_eos)
-        self.lookahead = flag("lookahead", config.lookahead)
-        if config.kl and not self.lookahead:
-            raise ValueError(f"lookahead=False: the divergences of kl={config.kl} need the predictions of every step")
         self._allocate(config)
 
     def _within(self, examples: list[Any], most: int | None) -> list[Any]:
@@ -139,7 +125,6 @@ class Unmasking:
         self.dropped = 0
         if most is None:
             return examples
-        whole("max_prompt_length", most)
         kept = [example for example in examples if len(self.dllm.encode(self.task.prompt(example))) <= most]
         self.dropped = len(examples) - len(kept)
         if not kept:
