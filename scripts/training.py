@@ -105,21 +105,20 @@ def go_on(cfg: DictConfig, saved: DictConfig) -> None:
     Raises:
         ValueError: the command line changes another setting.
     """
-    chosen = chosen_names()
+    chosen = {name.partition(".")[0] for name in chosen_names()}
     for name in saved:
-        if OmegaConf.is_config(saved[name]) and OmegaConf.is_config(cfg.get(name)):
-            saved[name] = with_new_settings(saved[name], cfg[name])
+        saved[name] = with_new_settings(saved[name], cfg.get(name))
         if name in FREE:
-            if not any(n.partition(".")[0] == name for n in (*chosen, "resume", "trust")):
+            if name not in (*chosen, "resume", "trust"):
                 cfg[name] = saved[name]
-        elif any(n.partition(".")[0] == name for n in chosen) and not same(cfg.get(name), saved[name]):
+        elif name in chosen and not same(cfg.get(name), saved[name]):
             raise ValueError(f"resume={cfg.resume!r}: {name} differs from the run's own; only {', '.join(FREE)} may")
         else:
             OmegaConf.update(cfg, name, saved[name], merge=False, force_add=True)
     steps = "agent.algorithm.scheduler.num_training_steps"
     if OmegaConf.select(cfg, steps) == saved.get("rounds"):  # the schedule that ends with the run still does
         OmegaConf.update(cfg, steps, cfg.rounds)
-    if cfg.logger and not any(n.partition(".")[0] == "logger" for n in chosen):
+    if cfg.logger and "logger" not in chosen:
         for name, here in LOGS.items():  # the saved ones are where the run lay once
             if name in cfg.logger:
                 cfg.logger[name] = here.format(HydraConfig.get().runtime.output_dir)
