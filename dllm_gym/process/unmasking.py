@@ -24,7 +24,7 @@ from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.models.batches import download, upload
 from dllm_gym.noise import fold, uniform
 from dllm_gym.process.config import EMPTY, EnvConfig
-from dllm_gym.process.entries import ENTRIES, FLAGS, Moment
+from dllm_gym.process.entries import ENTRIES, FLAGS, Entry, Moment
 from dllm_gym.process.predictions import Predictions, Request, Work
 from dllm_gym.process.rewards import AlphaRange, Reward, make_reward
 from dllm_gym.render import END, Frame
@@ -96,7 +96,7 @@ class Unmasking:
         tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
         steps: int64 [B], steps of the running episode (its NFE).
         examples: those of the split that are in use; ``dropped`` of them had too long a prompt.
-        entries: those of the observation that were asked for; sizes: L, K, H and d, which their shapes are made of.
+        sizes: L, K, H and d, which the shapes of the observation's entries are made of.
     """
 
     def __init__(self, num_lanes: int, config: EnvConfig):
@@ -156,7 +156,7 @@ class Unmasking:
         )
         self.sizes = {"L": L, "K": self.sampling.top_k, "H": config.kl, "d": self.dllm.hidden_size}
         now = Moment(self, self.mask, self.mask)
-        self.entries = [entry for entry in ENTRIES if entry.value(now) is not None]
+        self._asked_for = {entry.name for entry in ENTRIES if entry.value(now) is not None}
         self.completions: list[str | None] = [None] * B
         self.outcome: Outcome | None = None
         self._graded: tuple[Outcome, Future[list[float]] | None] | None = None  # a step, and the grades it waits for
@@ -201,6 +201,11 @@ class Unmasking:
         if predictions.drift is not None:
             tensors += [predictions.drift.kl, predictions.drift.log_prob]
         return sum(tensor.nbytes for tensor in tensors) // self.B + (cache.bytes_per_lane if cache is not None else 0)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The entries of the observation (not kept: how they are computed cannot be pickled)."""
+        return [entry for entry in ENTRIES if entry.name in self._asked_for]
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every lane, in fresh tensors (see the environment's docstring)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
 
 import gymnasium as gym
@@ -60,3 +62,13 @@ def test_one_line_adds_an_entry_to_every_face(monkeypatch):
     native = DLLMUnmaskTorchRLEnv(2, split="test")
     assert native.rollout(2)["left"].shape == (2, 2, 20)
     assert native.observation_spec["left"].high.unique().tolist() == [20.0]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
+def test_an_environment_is_copied_and_pickled_with_its_entries(copied):
+    env = DLLMUnmaskEnv(split="test", **EVERYTHING)
+    env.reset(seed=0)
+    other = copied(env)
+    (one, *_), (two, *_) = (each.step(torch.eye(20)[7]) for each in (env, other))
+    assert set(one) == {entry.name for entry in ENTRIES}
+    assert all((one[name] == two[name]).all() for name in one)
