@@ -21,7 +21,7 @@ class Algorithm:
     """Learns from rounds of episodes; subclasses define the loss and ``update``.
 
     Args:
-        actor: TorchRL actor (``policies.make_actor``), trained in place.
+        actor: TorchRL actor (``deciders.make_actor``), trained in place.
         descent: gradient steps along the algorithm's loss.
 
     Attributes:

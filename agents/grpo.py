@@ -56,7 +56,7 @@ class GRPO(Algorithm):
     """GRPO as in LUP (arXiv 2512.09106): a step's action is its "token", no critic; the other options are off there.
 
     Args:
-        actor: TorchRL actor (``policies.make_actor``), trained in place.
+        actor: TorchRL actor (``deciders.make_actor``), trained in place.
         optimizer: factory, parameters -> optimizer. LUP: AdamW, lr 3e-5, betas (0.9, 0.99), weight decay 0.1.
         clip_epsilon: ratios count within [1 - epsilon, 1 + epsilon]; in (0, 1). A pair (low, high) bounds the two
             sides apart ("clip-higher", DAPO, arXiv 2503.14476); low in (0, 1), high > 0.

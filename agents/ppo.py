@@ -41,7 +41,7 @@ class Critic(nn.Module):
 
 
 def make_critic(actor: ProbabilisticActor) -> TensorDictModule:
-    """The critic of an actor made by ``policies.make_actor``: observation TensorDict -> ``state_value``."""
+    """The critic of an actor made by ``deciders.make_actor``: observation TensorDict -> ``state_value``."""
     policy = actor[0].module
     return TensorDictModule(Critic(policy), in_keys=list(policy.in_keys), out_keys=["state_value"])
 

@@ -109,7 +109,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
 
     @property
     def device(self) -> torch.device:
-        """Where observations, rewards and flags live."""
+        """Where observations live, unless they are asked for as numpy arrays."""
         return self.core.dllm.device
 
     def reset(

@@ -19,7 +19,7 @@ EMPTY = -1  # in place of an example: the lane holds no episode
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """The settings that all three faces share.
+    """The settings that all faces share.
 
     Attributes:
         model: ``"tiny"``, a checkpoint folder, a hub id or a :class:`~dllm_gym.models.DLLM`.

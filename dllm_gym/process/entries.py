@@ -1,7 +1,8 @@
 """The observation: one table of its entries, which the spaces, the specs and what is shown all follow.
 
 A new entry is a line here, the setting that asks for it in :class:`~dllm_gym.process.config.EnvConfig`, and the place
-where it is computed (:meth:`~dllm_gym.models.vocabulary.Vocabulary.read`, if the dLLM's distribution says it).
+where it is computed; what the dLLM's distribution says is computed by
+:meth:`~dllm_gym.models.vocabulary.Vocabulary.read`, and named in its ``Sampling`` and ``Prediction``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dllm_gym.models.cache import BlockCache
 
 FIRST_BYTES = 1 << 26  # kept of first predictions (64 MiB)
-KL_MOST = 100.0  # nats; exp(-100) is about the smallest probability that float32 holds
+KL_MOST = 100.0  # nats, as the rules know it; exp(-100) is about the smallest probability that float32 holds
 ENTRY_BYTES = 2000  # that keeping one takes besides its numbers, roughly
 
 

@@ -2,8 +2,8 @@
 
 One *lane* decodes one completion of L tokens. A step takes an unmask vector per lane, commits the dLLM's proposals at
 the chosen legal positions, and asks the dLLM for new proposals where tokens changed. Every rule is applied per lane, so
-a lane's tokens do not depend on its company. The faces (:mod:`~dllm_gym.envs.single`, :mod:`~dllm_gym.envs.vector`,
-:mod:`~dllm_gym.envs.torchrl`) add an API and no physics.
+a lane's tokens do not depend on its company. The faces (:mod:`dllm_gym.envs`) add an API and
+no physics.
 """
 
 from __future__ import annotations
