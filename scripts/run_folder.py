@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LOCK, LOG, OVERRIDES = ".lock", "run.log", ".hydra/overrides.yaml"
 RESULTS = ("results.json", "results.csv", "results.png")
-GROUPS = ("model", "task", "env", "reward", "policy", "distribution")  # what every run's configuration has
+GROUPS = ("model", "task", "env", "reward", "policy", "distribution", "agent")  # what every run's configuration has
 SECRET = re.compile(r"\$\{\s*oc\.env\s*:[^}]*(TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY)", re.IGNORECASE)
 
 
@@ -55,6 +55,7 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.path)
         self.lock = lock(self.path / LOCK)
         return self
 
@@ -90,6 +91,14 @@ class RunFolder:
         """Of the rounds before those that come now."""
         for name in RESULTS:
             (self.path / name).unlink(missing_ok=True)
+
+
+def refuse_links(folder: Path) -> None:
+    """ValueError if something in a run folder is a link: what is written there, or removed, would be elsewhere."""
+    for inner in (folder, folder / ".hydra", folder / CHECKPOINTS, *(folder / name for name in BEFORE)):
+        for path in inner.iterdir() if inner.is_dir() else ():
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link: a run folder holds its own files")
 
 
 def lock(path: Path) -> IO[str]:

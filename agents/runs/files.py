@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ MEBIBYTE = 2**20
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary neighbour, then put it in place of ``path``; it is on the disk on return."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp{path.suffix}")  # nobody can link it elsewhere
     try:
         write(temporary)
         sync(temporary)
@@ -70,7 +71,9 @@ def read(path: Path, most: int = 64 * MEBIBYTE) -> str:
 
 
 def read_unverified(path: Path, most: int) -> str:
-    """The text of a file, whatever a manifest says."""
+    """The text of a file, whatever a manifest says; a link or a device is none."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is no file: a run folder holds no links")
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
@@ -111,6 +114,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What ``write_manifest`` was given; ValueError if there is none, or it is damaged."""
     path = folder / MANIFEST
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is no file: a run folder holds no links")
     try:
         with path.open("rb") as file:
             facts = json.loads(file.read(MEBIBYTE + 1))

@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 SIZE = 2**18  # bytes of a configuration; a run's own has some thousands
 DEPTH = 40  # levels of a configuration; a run's own has ten
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+OPTION = re.compile(r"[A-Za-z0-9 ,_+*/-]{0,60}")  # a text that a generator may be given: no call, no attribute
 SCHEDULE = re.compile(r"get_\w*schedule\w*")  # factories in transformers.optimization
+SCHEDULES = ("transformers", "transformers.optimization")  # where they are
 OURS = ("agents", "dllm_gym")
 GET_CLASS = "hydra.utils.get_class"  # how a configuration hands over a class instead of an object
 MOVED = dict.fromkeys(("agents.distributions", "agents.heuristics", "agents.policies"), "dllm_gym.deciders")
@@ -59,8 +62,8 @@ def read_config(path: Path) -> dict[str, Any]:
         check_plain(found)
     except Refused as error:
         raise Refused(f"{path} is no configuration of a run: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no configuration of a run: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of many kinds: the library hands on what its converters raise
+        raise ValueError(f"{path} is no configuration of a run: {reason(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) and key.isidentifier() for key in found):
         raise ValueError(f"{path} is no configuration of a run: it maps no names to settings")
     return with_todays_names(found, path)
@@ -80,13 +83,23 @@ def with_todays_names(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
+def reason(error: Exception) -> str:
+    """What is wrong with a text, without a word of it: the file may be a link to another."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}" if mark is not None else ""
+    said = getattr(error, "problem", None) or getattr(error, "reason", None)
+    if said is None and isinstance(error, ValueError):
+        said = str(error).partition(":")[0]  # behind it is what was read
+    return f"{said or type(error).__name__}{where}"
+
+
 def check_plain(value: Any) -> None:
-    """ValueError for anything but mappings, lists, texts, numbers, truth values and null."""
+    """Raises Refused for anything but mappings, lists, texts, numbers, truth values and null."""
     if isinstance(value, dict | list):
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             check_plain(part)
     elif not isinstance(value, str | int | float | bool | None):
-        raise ValueError(f"it holds a {type(value).__name__}")
+        raise Refused(f"it holds a {type(value).__name__}")
 
 
 def read_overrides(path: Path) -> list[str]:
@@ -95,8 +108,10 @@ def read_overrides(path: Path) -> list[str]:
     try:
         check_events(text, resolved=False)
         found = yaml.load(text, Loader) or []
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    except Refused as error:
+        raise Refused(f"{path} is damaged: {error}") from None
+    except Exception as error:  # as above
+        raise ValueError(f"{path} is damaged: {reason(error)}") from error
     if not isinstance(found, list) or not all(isinstance(line, str) for line in found):
         raise ValueError(f"{path} is damaged: it is no list of texts")
     return found
@@ -114,6 +129,8 @@ def check_events(text: str, resolved: bool) -> None:
             raise Refused(f"line {line} has the alias *{event.anchor}")
         if resolved and isinstance(event, yaml.ScalarEvent) and ("${" in event.value or event.value == "???"):
             raise Refused(f"line {line} has {event.value[:80]!r}: saved configurations are resolved")
+        if isinstance(event, yaml.ScalarEvent) and CONTROL.search(event.value):
+            raise Refused(f"line {line} has a control character, which a terminal may obey")
         if not isinstance(event, yaml.NodeEvent) or isinstance(event, yaml.AliasEvent):
             continue
         if event.tag is not None and not event.tag.startswith("tag:yaml.org,2002:") or "python" in (event.tag or ""):
@@ -141,6 +158,8 @@ class Allowed:
         for key, node in nodes(config, ""):
             if "_target_" in node:
                 self._check_node(key.partition(".")[0], key, node, path)
+            if key.rpartition(".")[2] == "options" and not self.trusts(target_of(config, key)):
+                check_options(node, key, path)
             if "sandbox" in node and node["sandbox"] not in self.sandboxes:
                 what = f"{key}.sandbox={node['sandbox']!r}"
                 raise Refused(f"{path}: {what} weakens the sandbox: only your own command line may")
@@ -169,6 +188,33 @@ class Allowed:
         return isinstance(target, str) and (
             target in self.targets or any(target.startswith(f"{package}.") for package in self.packages)
         )
+
+
+def target_of(config: dict[str, Any], key: str) -> Any:
+    """The ``_target_`` beside what stands at ``key``."""
+    part: Any = config
+    for name in key.split(".")[:-1]:
+        part = part[int(name) if isinstance(part, list) else name]
+    return part.get("_target_") if isinstance(part, dict) else None
+
+
+def check_options(options: dict[str, Any], key: str, path: Path) -> None:
+    """Raises Refused for options whose texts are more than words: scorers of puzzles evaluate what they are given."""
+    for name, value in options.items():
+        for leaf in leaves(value):
+            if not isinstance(leaf, int | float | bool | None) and not OPTION.fullmatch(str(leaf)):
+                raise Refused(
+                    f"{path}: {key}.{name}={str(leaf)[:40]!r} is refused: only your own command line may set it"
+                )
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The plain values in a part of a configuration, keys of mappings among them."""
+    if isinstance(value, dict | list):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from leaves(part)
+    else:
+        yield value
 
 
 def nodes(part: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -210,13 +256,15 @@ def resolve(target: Any, group: str) -> Any:
     for prefix, kinds in allowed_kinds(group):
         if module != prefix and not module.startswith(f"{prefix}."):
             continue
+        if prefix == "transformers" and not (module in SCHEDULES and SCHEDULE.fullmatch(name)):
+            continue  # looking a name up there imports it
         found = getattr(loaded(module), name, None)
         own = getattr(found, "__module__", None)
         if not isinstance(own, str) or not (own == prefix or own.startswith(f"{prefix}.")):
             continue
         if isinstance(found, type) and kinds and issubclass(found, kinds):
             return found
-        if module in ("transformers", "transformers.optimization") and SCHEDULE.fullmatch(name):
+        if prefix == "transformers":
             return found
     raise ValueError("no class that a run's configuration may name there")
 

@@ -218,7 +218,7 @@ class Policy(
         """A new network with the settings of a ``config.json``."""
         try:
             config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path.parent} is not a saved policy: cannot read {path.name} ({error})") from error
         if not isinstance(config, dict) or config.pop("policy", None) != cls.__name__:
             raise ValueError(f"{path} does not describe a {cls.__name__}")

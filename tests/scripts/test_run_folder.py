@@ -70,6 +70,8 @@ PAYLOADS = {
         target("dllm_gym.tasks.Mixture", tasks=[target("evil_package.run")]),
         target("dllm_gym.tasks.Arithmetic", _args_=[1]),
         target("dllm_gym.tasks.code.HumanEval", sandbox="rlimit"),
+        target("dllm_gym.tasks.reasoning.ReasoningGym", options={"symbols": ["sympify.__globals__['x']('y')"]}),
+        target("dllm_gym.tasks.Mixture", tasks=[{"options": {"a": {"b.c": 1}}, **target("dllm_gym.tasks.Arithmetic")}]),
         target("dllm_gym.tasks.code.HumanEval", sandbox=target("dllm_gym.tasks.sandbox.RlimitSandbox")),
     ],
     "policy": [
@@ -169,6 +171,11 @@ def test_every_command_refuses_it(payload, copy, tmp_path, monkeypatch, evil_pac
         ("[1, 2]", "no names"),
         ("1: 2", "no names"),
         ("\0", "characters"),
+        ("a: !!bool foo", "KeyError"),
+        ("a: !!int ''", "IndexError"),
+        ("a: !!timestamp foo", "no configuration"),
+        ("a: " + ":".join(["1"] * 400) + ":59.5", "no configuration"),
+        ('a: "\\e]0;title\\a"', "control character"),
     ],
 )
 def test_what_is_no_configuration_is_refused(text, message, tmp_path):
@@ -177,6 +184,30 @@ def test_what_is_no_configuration_is_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         read_config(path)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_no_configuration_is_not_quoted(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("token: 'sesame' sesame")
+    with pytest.raises(ValueError) as caught:
+        read_config(path)
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints", ".hydra", ".lock", "run.log", "checkpoints/9"])
+def test_a_run_folder_with_links_is_neither_read_through_nor_written_through(name, copy, tmp_path):
+    path = copy / name
+    if path.is_dir():
+        shutil.copytree(path, tmp_path / "elsewhere")
+        shutil.rmtree(path)
+    else:
+        (tmp_path / "elsewhere").write_text(path.read_text() if path.exists() else "")
+        path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "elsewhere")
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is (a link|no file)"):
+        call("train", copy, "resume=auto", "rounds=9")
+    assert content(tmp_path) == before
 
 
 def test_a_configuration_reads_as_it_was_saved(trained, tmp_path):
@@ -210,7 +241,7 @@ def test_a_package_of_ones_own_is_trusted_by_name(tmp_path):
     Allowed(own={"task": target("my_package.tasks.Capitals")}).check(named, tmp_path)
     with pytest.raises(Refused, match="eval"):  # what is trusted in one place is not in another
         Allowed(["my_package"]).check({"task": target("my_package_too.eval")}, tmp_path)
-    with pytest.raises(Refused, match="policies"):
+    with pytest.raises(Refused, match="MLPPolicy"):
         Allowed(own={"policy": target("dllm_gym.deciders.networks.MLPPolicy")}).check(
             {"task": target("dllm_gym.deciders.networks.MLPPolicy")}, tmp_path
         )
