@@ -129,7 +129,7 @@ train agent=upo agent.algorithm.beta=-1                  | beta=-1
 train agent=ppo agent.algorithm.gamma=2                  | gamma=2
 train agent=ppo agent.algorithm.lmbda=x                  | agent.algorithm.lmbda='x'
 train agent=ppo agent.algorithm.critic_scale=0           | critic_scale=0
-train agent=a2c agent.algorithm.entropy_scale=nan        | agent.algorithm.entropy_scale=nan
+train agent=a2c agent.algorithm.entropy_scale=nan        | entropy_scale=nan
 train agent=reinforce +agent.algorithm.epochs=2          | epochs=2
 train agent=imitation expert.threshold=2                 | threshold=2
 train agent=imitation expert.threshold=high              | expert.threshold='high'
