@@ -12,25 +12,9 @@ from torch import Tensor, nn
 
 from dllm_gym.checks import flag, number, whole
 from dllm_gym.deciders.policy import Policy, smart_head
+from dllm_gym.deciders.rules.base import joint_confidence
 
 _DOUBT = 1e-3  # log-odds see no more certainty than this: they end at +-6.9
-
-
-def joint_confidence(confidence: Tensor, legal: Tensor) -> Tensor:
-    """The chance that everything surer than a position is right, were positions independent.
-
-    At position i the product of c_j over the legal j with c_j > c_i, and over those left of i with c_j = c_i; in log
-    space what the entropy-bounded sampler (arXiv 2505.24857) bounds, with -log c in place of the entropy.
-
-    Args:
-        confidence: c, float [.., L]. legal: bool [.., L], what may be unmasked now.
-
-    Returns:
-        Float [.., L] in [0, 1]; 0 where nothing may be unmasked.
-    """
-    value, order = confidence.masked_fill(~legal, 0).sort(dim=-1, descending=True, stable=True)
-    before = torch.cat([torch.ones_like(value[..., :1]), value[..., :-1]], dim=-1).cumprod(-1)
-    return torch.zeros_like(before).scatter(-1, order, before).masked_fill(~legal, 0)
 
 
 class DiTConfidence(Policy):

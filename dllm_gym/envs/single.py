@@ -58,6 +58,8 @@ class DLLMUnmaskEnv(gym.Env):
       episode, the last H of them, newest first (KLASS, arXiv 2511.05664). 100, the most that is shown, where the
       episode has had fewer steps, 0 for a step that unmasked nothing; committed positions read 0. It keeps L * V * 4
       bytes per lane.
+    - ``committed`` float32 [L] (``committed=True``): the largest probability at the time when the position was
+      committed; masked positions, and those that no action committed, read 0.
     - ``hidden`` float32 [L, d] (``hidden=True``): the dLLM's last hidden states.
     - ``preference`` float32 [1] (``alpha=[low, high]``): where in the range the episode's alpha lies, on a logarithmic
       scale: 0 is low (quality counts), 1 is high (speed counts). Every episode draws its own, unless
@@ -71,10 +73,11 @@ class DLLMUnmaskEnv(gym.Env):
     ## State
     What the next steps depend on; what is observed of it is above. Per lane: the prompt and the completion so far
     (``core.tokens``), the number of steps (``core.steps``), the episode's random stream (``core.key``; for tokens at a
-    temperature), its alpha where there is a range, and with ``kl`` the distributions of the step before, with ``cache``
-    the stored keys and values. Beside them the generator that draws the next example and stream (``np_random``; in many
-    lanes one generator each and the queue: :class:`~dllm_gym.envs.dealer.Dealer`). Proposals and confidences are no
-    state: they follow from the tokens, stream and step.
+    temperature), its alpha where there is a range, with ``kl`` the distributions of the step before, with ``committed``
+    the probabilities of committed tokens, and with ``cache`` the stored keys and values. Beside them the generator that
+    draws the next example and stream (``np_random``; in many lanes one generator each and the queue:
+    :class:`~dllm_gym.envs.dealer.Dealer`). Proposals and confidences are no state: they follow from the tokens, stream
+    and step.
 
     ## Starting State
     All L positions masked, after the prompt of an example drawn from ``split`` with the environment's generator, or of
@@ -94,7 +97,7 @@ class DLLMUnmaskEnv(gym.Env):
     ## Arguments
     The fields of :class:`~dllm_gym.process.config.EnvConfig` (``model, task, split, gen_length, max_prompt_length,
     block_length, top_k, temperature, reward, alpha, max_episode_steps, stop_at_eos, lookahead, cache, hidden, entropy,
-    margin, kl, device, dtype``) and ``render_mode``.
+    margin, committed, kl, device, dtype``) and ``render_mode``.
     ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
     ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
     the process.

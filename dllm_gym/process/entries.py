@@ -115,6 +115,7 @@ ENTRIES = (
         lambda now: None if now.core.alpha_range is None else now.core.preference[:, None],
         setting="alpha",
     ),
+    Entry("committed", ("L",), lambda now: now.core.certainty, setting="committed"),
     Entry("hidden", ("L", "d"), lambda now: now.said.hidden, math.inf, -math.inf, setting="hidden"),
 )
 

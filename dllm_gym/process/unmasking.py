@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ class Unmasking:
         if self.L % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide gen_length={self.L}")
         self.max_steps: int = config.max_episode_steps or self.L
-        asked = {name: getattr(config, name) for name in FLAGS}
+        asked = {each.name: getattr(config, each.name) for each in fields(Sampling) if each.name in FLAGS}
         self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0)
         self.dllm: DLLM = load_dllm(config.model, config.device, config.dtype)
         if config.top_k > self.dllm.vocab_size:
@@ -148,6 +148,8 @@ class Unmasking:
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
         self.preference: Tensor = torch.zeros(B, device=device)
         self.fresh = torch.zeros(B, L, dtype=torch.bool, device=device)  # committed by the last step
+        # The largest probability where an action committed a proposal, when it did; 0 elsewhere.
+        self.certainty: Tensor | None = torch.zeros(B, L, device=device) if config.committed else None
         self.position = torch.arange(L, device=device)
         self.block = self.position // self.block_length
         self.stop_ids = torch.tensor(sorted(self.dllm.stop_ids), device=device)
@@ -200,6 +202,8 @@ class Unmasking:
         tensors = [self.tokens, self.steps, self.key, self.fresh, *predictions.tensors()]
         if predictions.drift is not None:
             tensors += [predictions.drift.kl, predictions.drift.log_prob]
+        if self.certainty is not None:
+            tensors.append(self.certainty)
         return sum(tensor.nbytes for tensor in tensors) // self.B + (cache.bytes_per_lane if cache is not None else 0)
 
     @property
@@ -251,6 +255,8 @@ class Unmasking:
         self.example[chosen] = index
         self.steps[where] = 0
         self.fresh[where] = False
+        if self.certainty is not None:
+            self.certainty[where] = 0
         self.predictions.forget(chosen)
         started = index != EMPTY
         self.running[chosen] = self.stale[chosen] = started
@@ -328,6 +334,8 @@ class Unmasking:
         self.tokens[:, -self.L :] = completion
         self.steps += (mask & running).any(1)
         self.fresh = chosen
+        if self.certainty is not None:
+            self.certainty = torch.where(chosen, self.predictions.confidence[..., 0], self.certainty)
         left = completion == self.dllm.mask_id
         first = torch.where(left, self.position, self.L).amin(1)
         host = download(

@@ -1,25 +1,42 @@
 """The hand-made rules on cases worked out by hand, and each of them through whole episodes."""
 
+from pathlib import Path
+
 import gymnasium as gym
+import hydra
 import pytest
 import torch
+import yaml
 
 import dllm_gym  # noqa: F401
 from agents.evaluation import summary
 from agents.rollout import evaluate
 from dllm_gym.deciders.rules import (
     Blockwise,
+    CertaintyPrior,
     EntropyBounded,
+    EntropyThreshold,
     Factor,
+    Fixed,
+    Growing,
+    Hierarchical,
+    Joint,
+    JointButOne,
     Klass,
+    LeastConfident,
     LeftToRight,
+    LocalLeap,
     Margin,
+    MarginThreshold,
     NegativeEntropy,
     Random,
+    Saber,
+    Spaced,
     Threshold,
     TopK,
 )
 
+ROOT = Path(__file__).parents[2]
 RULES = {
     "random(1)": Random(1),
     "random(3)": Random(3),
@@ -33,9 +50,22 @@ RULES = {
     "eb(0.1)": EntropyBounded(0.1),
     "klass(0.6, 0.01)": Klass(0.6, 0.01),
     "klass(0.6, 0.01, 1)": Klass(0.6, 0.01, history=1),
+    "least_confident(2)": LeastConfident(2),
+    "certainty_prior(2.0, 3)": CertaintyPrior(2, 3),
+    "growing(2.0)": Growing(2),
+    "joint(0.4)": Joint(0.4),
+    "joint_but_one(0.6)": JointButOne(0.6),
+    "entropy_threshold(0.3)": EntropyThreshold(0.3),
+    "margin_threshold(0.7)": MarginThreshold(0.7),
+    "saber(2)": Saber(),
+    "hier(0.9, 0.4)": Hierarchical(),
+    "local_leap(0.9, 2, 0.6)": LocalLeap(0.9, 2, 0.6),
+    "spaced(joint(0.1), 3)": Spaced(Joint(0.1), 3),
+    "spaced(saber(3), 2)": Spaced(Saber(3), 2),
     "blockwise(threshold(0.9), 4)": Blockwise(Threshold(0.9), 4),
     "blockwise(klass(0.6, 0.01), 3)": Blockwise(Klass(0.6, 0.01), 3),
 }
+RULES["fixed(0,1,0,1,2,2,3,3,0,1)"] = Fixed([0, 1, 0, 1, 2, 2, 3, 3, 0, 1])
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=str)
 
 
@@ -201,6 +231,150 @@ def test_klass_falls_back_to_the_most_confident_in_its_own_row_only():
     assert decide(Klass(0.6, 0.01), confidence, legal, kl=kl) == [[0, 1, 0], [1, 0, 1], [1, 0, 0]]
 
 
+# ---- joint ----
+
+
+def test_joint_takes_the_longest_prefix_that_is_right_together():
+    # by confidence 0.9, 0.8, 0.8, 0.5: products 0.9, 0.72, 0.576, 0.288
+    confidence, legal = [[0.8, 0.5, 0.9, 0.8]], [[1, 1, 1, 1]]
+    picks = {p: decide(Joint(p), confidence, legal)[0] for p in (0.95, 0.8, 0.7, 0.5, 0.2)}
+    assert picks == {
+        0.95: [0, 0, 1, 0],  # not even one is that likely: the most confident
+        0.8: [0, 0, 1, 0],
+        0.7: [1, 0, 1, 0],  # of equals the left one
+        0.5: [1, 0, 1, 1],
+        0.2: [1, 1, 1, 1],
+    }
+
+
+def test_joint_but_one_does_not_count_its_last_member():
+    # what stands before a position: 1, 0.9, 0.72, 0.576
+    confidence, legal = [[0.8, 0.5, 0.9, 0.8]], [[1, 1, 1, 1]]
+    picks = {p: decide(JointButOne(p), confidence, legal)[0] for p in (1.0, 0.95, 0.8, 0.6, 0.5)}
+    assert picks == {
+        1.0: [0, 0, 1, 0],
+        0.95: [0, 0, 1, 0],
+        0.8: [1, 0, 1, 0],
+        0.6: [1, 0, 1, 1],
+        0.5: [1, 1, 1, 1],
+    }
+
+
+def test_joint_is_reached_by_equality_and_counts_legal_positions_only():
+    for rule, expected in ((Joint(0.5), [0, 1, 0, 0]), (JointButOne(0.5), [0, 1, 1, 0])):
+        assert decide(rule, [[0.25, 0.5, 0.5, 0.25]], [[0, 1, 1, 1]]) == [expected]
+    assert decide(Joint(1.0), [[1.0, 0.5, 1.0]], [[1, 1, 1]]) == [[1, 0, 1]]
+    assert decide(Joint(0.0), [[0.1, 0.2, 0.3]], [[1, 1, 0]]) == [[1, 1, 0]]
+
+
+# ---- thresholds on other entries ----
+
+
+def test_entropy_threshold_takes_all_that_are_low_enough_else_the_lowest():
+    entropy, legal = [[0.5, 0.25, 0.75, 0.0]] * 2, [[1, 1, 1, 0], [0, 0, 1, 0]]
+    confidence = [[0.1] * 4] * 2
+    assert decide(EntropyThreshold(0.5), confidence, legal, entropy=entropy) == [[1, 1, 0, 0], [0, 0, 1, 0]]
+    assert decide(EntropyThreshold(0.1), confidence, legal, entropy=entropy) == [[0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_margin_threshold_takes_all_that_lead_by_enough_else_the_largest_lead():
+    margin, legal = [[0.5, 0.25, 0.75, 1.0]] * 2, [[1, 1, 1, 0], [0, 1, 0, 0]]
+    confidence = [[0.1] * 4] * 2
+    assert decide(MarginThreshold(0.5), confidence, legal, margin=margin) == [[1, 0, 1, 0], [0, 1, 0, 0]]
+    assert decide(MarginThreshold(0.9), confidence, legal, margin=margin) == [[0, 0, 1, 0], [0, 1, 0, 0]]
+
+
+def test_saber_asks_for_more_than_the_mean_of_what_is_committed():
+    confidence, legal = [[1.0, 0.7, 0.6, 0.8, 0.5]] * 4, [[0, 1, 1, 1, 1]] * 3 + [[0, 0, 0, 0, 1]]
+    committed = [[0.0] * 5, [0.55, 0, 0, 0, 0], [0.8, 0, 0, 0, 0], [0.9, 0.5, 0.5, 0.5, 0]]
+    assert decide(Saber(2), confidence, legal, committed=committed) == [
+        [0, 1, 0, 1, 0],  # nothing committed yet: above 1 is nobody, two all the same
+        [0, 1, 1, 1, 0],
+        [0, 1, 0, 1, 0],  # 0.8 is not above 0.8
+        [0, 0, 0, 0, 1],  # above the mean of 0.6 is nobody, and there is only one
+    ]
+    # what no action committed reads 0 and is left out of the mean
+    assert decide(Saber(1), [[1.0, 1.0, 0.6, 0.7]], [[0, 0, 1, 1]], committed=[[0.0, 0.5, 0, 0]]) == [[0, 0, 1, 1]]
+
+
+# ---- schedules ----
+
+
+def test_least_confident_takes_the_least():
+    assert decide(LeastConfident(2), [[0.1, 0.9, 0.3, 0.3]], [[0, 1, 1, 1]]) == [[0, 0, 1, 1]]
+
+
+def test_growing_takes_powers_of_its_factor():
+    def count(factor, step, length=16):
+        time = torch.tensor([[step / length]])
+        observation = observe([[0.5] * length], [[1] * length])
+        return int(Growing(factor)({**observation, "time": time}, torch.zeros(1, length)).sum())
+
+    assert [count(2.0, step) for step in range(6)] == [1, 2, 4, 8, 16, 16]
+    assert [count(1.5, step) for step in range(6)] == [1, 1, 2, 3, 5, 7]  # 1, 1.5, 2.25, 3.375, 5.06, 7.59
+    assert [count(1.0, step) for step in (0, 7, 40)] == [1, 1, 1]
+
+
+def test_growing_takes_the_most_confident_and_rows_have_their_own_step():
+    confidence, legal = [[0.1, 0.4, 0.3, 0.2]] * 2, [[1, 1, 1, 1]] * 2
+    assert decide(Growing(2), confidence, legal, time=[[0.0], [0.25]]) == [[0, 1, 0, 0], [0, 1, 1, 0]]
+
+
+def test_certainty_prior_weighs_confidence_with_what_is_committed_around():
+    confidence = [[0.5, 0.5, 0.5, 0.5, 0.5]]
+    assert decide(CertaintyPrior(1, 1), confidence, [[1] * 5], mask=[[1] * 5]) == [[1, 0, 0, 0, 0]]  # next to the left
+    # at the right end is a committed one; the left has the whole prompt beside it, though
+    assert decide(CertaintyPrior(1, 2), confidence, [[1, 1, 1, 1, 0]], mask=[[1, 1, 1, 1, 0]]) == [[1, 0, 0, 1, 0]]
+    # sigma 1: weights 1, e^-1/2, e^-2, .. = 1, 0.607, 0.135, 0.011, 0.0003: left of 0 lie 0.753, left of 1 0.147
+    for second, expected in ((0.5 * 0.753 / 0.147 - 0.1, [1, 0]), (0.5 * 0.753 / 0.147 + 0.1, [0, 1])):
+        assert decide(CertaintyPrior(1, 1), [[0.5, second]], [[1, 1]], mask=[[1, 1]]) == [expected]
+
+
+def test_fixed_commits_what_is_due_else_what_is_next():
+    schedule = Fixed([0, 2, 1, 2])
+    confidence = [[0.5] * 4] * 5
+    legal = [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1, 0, 1], [1, 1, 1, 1]]
+    time = [[0.0], [0.25], [0.25], [0.5], [0.25]]
+    assert decide(schedule, confidence, legal, time=time) == [
+        [1, 0, 0, 0],
+        [0, 0, 1, 0],
+        [0, 1, 0, 0],  # nothing is due: the next of the schedule, the leftmost of equals
+        [0, 1, 0, 1],
+        [1, 0, 1, 0],  # what is late goes along
+    ]
+    with pytest.raises(ValueError, match="those of 4 positions: this completion has 3"):
+        decide(schedule, [[0.5] * 3], [[1, 1, 1]], time=[[0.0]])
+
+
+# ---- where positions lie ----
+
+
+def test_hierarchical_takes_the_best_of_every_run():
+    confidence = [[0.5, 0.6, 1.0, 0.3, 0.2, 1.0, 0.95, 0.92, 0.45]]
+    legal = [[1, 1, 0, 1, 1, 0, 1, 1, 1]]
+    assert decide(Hierarchical(0.9, 0.4), confidence, legal) == [[0, 1, 0, 0, 0, 0, 1, 1, 0]]
+    assert decide(Hierarchical(0.9, 0.25), confidence, legal) == [[0, 1, 0, 1, 0, 0, 1, 1, 0]]
+    assert decide(Hierarchical(0.99, 0.97), confidence, legal) == [[0, 0, 0, 0, 0, 0, 1, 0, 0]]  # the top one
+    assert decide(Hierarchical(0.9, 0.5), [[0.6, 0.6, 1.0, 0.6]], [[1, 1, 0, 1]]) == [[1, 0, 0, 1]]  # left of equals
+
+
+def test_local_leap_relaxes_around_its_anchors():
+    confidence = [[0.8, 0.8, 0.7, 0.95, 0.5, 0.8, 0.8]]
+    assert decide(LocalLeap(0.9, 2, 0.75), confidence, [[1] * 7]) == [[0, 1, 0, 1, 0, 1, 0]]
+    assert decide(LocalLeap(0.9, 9, 0.75), confidence, [[1] * 7]) == [[1, 1, 0, 1, 0, 1, 1]]
+    assert decide(LocalLeap(0.95, 2, 0.7), confidence, [[1] * 7]) == [[0, 0, 0, 1, 0, 0, 0]]  # no anchor: the best
+    assert decide(LocalLeap(0.9, 2, 0.75), confidence, [[1, 1, 1, 0, 1, 1, 1]]) == [[1, 0, 0, 0, 0, 0, 0]]
+
+
+def test_spaced_keeps_what_lies_apart_best_first():
+    confidence = [[0.9, 0.95, 0.8, 0.7, 0.85, 0.1]]
+    everything = Threshold(0.0)
+    assert decide(Spaced(everything, 1), confidence, [[1] * 6]) == [[1] * 6]
+    assert decide(Spaced(everything, 2), confidence, [[1] * 6]) == [[0, 1, 0, 0, 1, 0]]
+    assert decide(Spaced(Threshold(0.8), 3), confidence, [[1, 0, 1, 1, 1, 1]]) == [[1, 0, 0, 0, 1, 0]]
+    assert decide(Spaced(everything, 2), [[0.5] * 5], [[1] * 5]) == [[1, 0, 1, 0, 1]]
+
+
 # ---- blockwise ----
 
 
@@ -234,11 +408,32 @@ def test_blockwise_under_full_diffusion_is_its_rule_in_a_semi_autoregressive_env
 
 @pytest.mark.parametrize(
     "rule",
-    [TopK(1), Margin(1), NegativeEntropy(1), Threshold(0.9), Random(1), Factor(0.5), Klass(0.9), LeftToRight(1)],
+    [
+        TopK(1),
+        Margin(1),
+        NegativeEntropy(1),
+        Threshold(0.9),
+        Random(1),
+        Factor(0.5),
+        Klass(0.9),
+        LeftToRight(1),
+        LeastConfident(1),
+        Growing(1),
+        Fixed([7] * 40),
+        Joint(0.5),
+        JointButOne(0.6),
+        EntropyThreshold(0.1),
+        MarginThreshold(0.9),
+        Saber(1),
+        Hierarchical(),
+        LocalLeap(),
+        Spaced(Threshold(0.0), 40),
+    ],
     ids=str,
 )
 def test_ties_fall_to_the_leftmost_legal_position(rule):
     entries = {"margin": [[0.3] * 40], "entropy": [[0.7] * 40], "kl": [[[0.0, 0.0]] * 40]}
+    entries |= {"time": [[0.0]], "committed": [[0.0] * 40]}
     expected = [[0, 0, 0, 1] + [0] * 36]
     assert decide(rule, [[0.5] * 40], [[0, 0, 0] + [1] * 37], **entries) == expected
 
@@ -261,7 +456,10 @@ def random_observation(rows: int, length: int):
         "margin": coarse(rows, length),
         "entropy": coarse(rows, length),
         "kl": coarse(rows, length, 2) / 50,
+        "time": torch.randint(0, 6, (rows, 1), generator=generator) / length,
     }
+    observation["mask"] = observation["action_mask"] | (torch.rand(rows, length, generator=generator) < 0.3)
+    observation["committed"] = coarse(rows, length) * (observation["mask"] == 0)
     return observation, coarse(rows, length)
 
 
@@ -281,7 +479,7 @@ def test_a_row_alone_decides_as_in_company_legally_and_not_in_vain(rule):
 @every_rule
 def test_every_rule_requires_what_it_reads(rule):
     observation, noise = random_observation(4, 10)
-    bare = {"confidence", "action_mask"}
+    bare = {"confidence", "action_mask", "mask", "time"}  # these are always there
     rule({name: observation[name] for name in bare | rule.requires.keys()}, noise)  # enough
     for name, value in rule.requires.items():
         with pytest.raises(ValueError, match=f"reads '{name}'.*build the environment with {name}={value}"):
@@ -297,6 +495,10 @@ def test_requirements_are_settings_of_the_environment():
         "klass(0.6, 0.01)": {"kl": 2},
         "klass(0.6, 0.01, 1)": {"kl": 1},
         "blockwise(klass(0.6, 0.01), 3)": {"kl": 2},
+        "entropy_threshold(0.3)": {"entropy": 1},
+        "margin_threshold(0.7)": {"margin": 1},
+        "saber(2)": {"committed": 1},
+        "spaced(saber(3), 2)": {"committed": 1},
     }
     with pytest.raises(ValueError, match=r"klass\(0.6, 0.01, 3\) looks back 3 steps but .* has 2.*kl=3"):
         decide(Klass(0.6, 0.01, history=3), [[0.9]], [[1]], kl=[[[0.0, 0.0]]])
@@ -304,6 +506,8 @@ def test_requirements_are_settings_of_the_environment():
 
 @every_rule
 def test_every_rule_plays_whole_episodes(rule):
+    if isinstance(rule, Fixed):  # is made for one length
+        rule = Fixed(list(range(20)))
     envs = gym.make_vec("DLLMUnmask-v0", num_envs=4, split="test", block_length=10, **rule.requires)
     results = evaluate(envs, rule, range(10))
     assert ((results.nfe >= 2) & (results.nfe <= 20)).all()  # two blocks
@@ -332,8 +536,38 @@ def test_names_and_families():
         lambda: Klass(0.9, 0.0),
         lambda: Klass(0.9, 0.01, 0),
         lambda: Blockwise(Threshold(), 0),
+        lambda: Joint(1.1),
+        lambda: JointButOne(-0.1),
+        lambda: EntropyThreshold(-0.1),
+        lambda: MarginThreshold(float("nan")),
+        lambda: Saber(0),
+        lambda: LeastConfident(0),
+        lambda: CertaintyPrior(0.0),
+        lambda: CertaintyPrior(1.0, 0),
+        lambda: Growing(0.5),
+        lambda: Fixed([]),
+        lambda: Fixed("012"),
+        lambda: Fixed([0, -1]),
+        lambda: Fixed([0, 1.5]),
+        lambda: Hierarchical(0.5, 0.6),
+        lambda: LocalLeap(0.5, 4, 0.75),
+        lambda: LocalLeap(0.9, 0),
+        lambda: Spaced(Threshold(), 0),
     ],
 )
 def test_invalid_settings_raise(make):
     with pytest.raises(ValueError, match="need a"):
         make()
+
+
+def test_every_rule_is_on_the_grids_and_the_grid_of_all_holds_the_others():
+    folder = ROOT / "conf" / "heuristics"
+    grids = {path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")}
+    parts = ("confidence", "joint", "thresholds", "places", "schedules", "per_step")
+    assert grids["grid_all"] == [rule for part in parts for rule in grids[f"grid_{part}"]]
+    families = {type(rule).__name__ for rule in RULES.values()} - {"Fixed"}
+    for names in (["all"], ["grid_all", "grid_stability"]):
+        assert {rule["_target_"].rpartition(".")[2] for name in names for rule in grids[name]} == families
+    for name, rules in grids.items():
+        names = [str(hydra.utils.instantiate(rule)) for rule in rules]
+        assert len(set(names)) == len(names), name

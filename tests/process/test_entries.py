@@ -8,6 +8,7 @@ import pickle
 import re
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +19,19 @@ from dllm_gym.process import entries, unmasking
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import COUNTS, ENTRIES, FLAGS, Entry
 
-EVERYTHING = {"top_k": 2, "entropy": True, "margin": True, "kl": 3, "hidden": True, "alpha": [1.0, 3.0]}
+EVERYTHING = {
+    "top_k": 2,
+    "entropy": True,
+    "margin": True,
+    "committed": True,
+    "kl": 3,
+    "hidden": True,
+    "alpha": [1.0, 3.0],
+}
 
 
 def test_settings_ask_for_entries():
-    assert COUNTS == ("top_k", "kl") and FLAGS == ("entropy", "margin", "hidden")
+    assert COUNTS == ("top_k", "kl") and FLAGS == ("entropy", "margin", "committed", "hidden")
     known = {field.name for field in dataclasses.fields(EnvConfig)}
     assert {entry.setting for entry in ENTRIES} - {None} <= known
 
@@ -72,3 +81,17 @@ def test_an_environment_is_copied_and_pickled_with_its_entries(copied):
     (one, *_), (two, *_) = (each.step(torch.eye(20)[7]) for each in (env, other))
     assert set(one) == {entry.name for entry in ENTRIES}
     assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lookahead": False, "block_length": 10}], ids=["full", "active block"])
+def test_what_was_committed_reads_how_sure_the_dllm_was_then(settings):
+    env = DLLMUnmaskEnv(split="test", committed=True, **settings)
+    before, _ = env.reset(seed=0)
+    assert (before["committed"] == 0).all()
+    middle, *_ = env.step(torch.eye(20)[3] + torch.eye(20)[15])  # 15 is legal in the full environment only
+    later, *_ = env.step(torch.eye(20)[4])
+    expected = np.where(middle["mask"] == 0, before["confidence"][:, 0], 0)
+    assert expected[3] > 0 and np.array_equal(middle["committed"], expected)
+    expected[4] = middle["confidence"][4, 0]
+    assert np.array_equal(later["committed"], expected) and later in env.observation_space
+    assert (env.reset(seed=1)[0]["committed"] == 0).all()
