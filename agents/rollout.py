@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -167,6 +167,63 @@ def play_groups(
     return join(parts)
 
 
+class Record:
+    """What becomes of episodes while they are played in ``env``, in the order of their ``examples``."""
+
+    def __init__(self, env: DLLMUnmaskVectorEnv, examples: Sequence[int]):
+        self.env, self.examples = env, examples
+        kinds = {"r": np.float32, "score": np.float32, "l": np.int64}
+        self.ended: dict[str, np.ndarray] = {name: np.zeros(len(examples), kind) for name, kind in kinds.items()}
+        self.completions = [""] * len(examples)
+        self.forwards = env.core.row_forwards
+        self.steps = self.lane_steps = 0
+        self.empty = torch.zeros((), dtype=torch.int64, device=env.device)
+
+    def step(self, action: Tensor, legal: Tensor) -> None:
+        """What the n lanes that hold an episode do, [n, L]."""
+        self.empty += (~(action.bool() & legal.bool()).any(1)).sum()
+        self.steps += len(action)
+        self.lane_steps += self.env.num_envs
+
+    def end(self, lanes: np.ndarray, episode: Mapping[str, np.ndarray]) -> None:
+        """The episodes of these lanes have ended."""
+        items, texts = episode["item"][lanes], self.env.last_completions()
+        for name, values in self.ended.items():
+            values[items] = episode[name][lanes]
+        for lane, item in zip(lanes, items, strict=True):
+            self.completions[item] = texts[lane] or ""
+
+    def results(self) -> Results:
+        device = self.env.device
+        return Results(
+            reward=upload(self.ended["r"], device),
+            score=upload(self.ended["score"], device),
+            nfe=upload(self.ended["l"], device),
+            example=upload(np.asarray(self.examples, np.int64), device),
+            completions=self.completions,
+            row_forwards=self.env.core.row_forwards - self.forwards,
+            steps=self.steps,
+            lane_steps=self.lane_steps,
+            empty_steps=float(self.empty) / max(self.steps, 1),
+            idle_lanes=1 - self.steps / max(self.lane_steps, 1),
+        )
+
+
+def _begin(
+    env: DLLMUnmaskVectorEnv, examples: Sequence[int], seed: int, alphas: Sequence[float] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put an example into every lane and the others into the queue."""
+    if env.autoreset_mode is not AutoresetMode.SAME_STEP:
+        raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
+    B = env.num_envs
+    idle = max(B - len(examples), 0)
+    options: dict[str, Any] = {"examples": [*examples[:B], *[EMPTY] * idle], "queue": examples[B:]}
+    if alphas is not None:  # lanes without an episode have none of their own
+        options["alpha"] = [*alphas[:B], *[alphas[0]] * idle, *alphas[B:]]
+    # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
+    return env.reset(seed=int(np.random.default_rng(seed).integers(1 << 62)), options=options)
+
+
 def _play(
     env: DLLMUnmaskVectorEnv,
     decide: Callable[[Step], Tensor],
@@ -175,23 +232,13 @@ def _play(
     alphas: Sequence[float] | None,
 ) -> Results:
     """Run one episode per entry of ``examples``, refilling lanes as they finish."""
-    if env.autoreset_mode is not AutoresetMode.SAME_STEP:
-        raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
-    E, B, device, core = len(examples), env.num_envs, env.device, env.core
-    chosen = [check_example(e, len(core.examples)) for e in examples]
-    kinds = {"r": np.float32, "score": np.float32, "l": np.int64}
-    host: dict[str, np.ndarray] = {name: np.zeros(E, kind) for name, kind in kinds.items()}
-    completions = [""] * E
-    forwards = core.row_forwards
-    # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
-    start = int(np.random.default_rng(seed).integers(1 << 62))
-    first = chosen[:B] + [EMPTY] * (B - E)
-    if alphas is not None:  # lanes without an episode have none of their own
-        alphas = [*alphas[:B], *[alphas[0]] * (B - E), *alphas[B:]]
-    observation, info = env.reset(seed=start, options={"examples": first, "queue": chosen[B:], "alpha": alphas})
-    streams = fold(torch.full((), seed, dtype=torch.int64, device=device), torch.arange(E, device=device))  # (E,)
+    B, L, device = env.num_envs, env.core.L, env.device
+    chosen = [check_example(e, len(env.core.examples)) for e in examples]
+    record = Record(env, chosen)  # counts what the reset computes, too
+    observation, info = _begin(env, chosen, seed, alphas)
+    episodes = torch.arange(len(chosen), device=device)
+    streams = fold(torch.full((), seed, dtype=torch.int64, device=device), episodes)  # (E,)
     time = torch.zeros(B, dtype=torch.int64, device=device)
-    lane_steps, steps, empty = 0, 0, torch.zeros((), dtype=torch.int64, device=device)
     moved = True  # lanes have begun other episodes
     while "item" in info:
         if moved:
@@ -199,29 +246,13 @@ def _play(
             lanes, which = upload(busy, device), upload(info["item"][busy], device)
         if len(busy) < B:  # nobody has to decide for the others
             observation = {name: value[lanes] for name, value in observation.items()}
-        decided = decide(Step(which, time[lanes], observation, uniform(streams[which], time[lanes], core.L)))
-        empty += (~(decided.bool() & observation["action_mask"].bool()).any(1)).sum()
-        lane_steps, steps = lane_steps + B, steps + len(busy)
-        observation, _, _, _, info = env.step(decided.new_zeros(B, core.L).index_copy_(0, lanes, decided))
+        action = decide(Step(which, time[lanes], observation, uniform(streams[which], time[lanes], L)))
+        record.step(action, observation["action_mask"])
+        observation, _, _, _, info = env.step(action.new_zeros(B, L).index_copy_(0, lanes, action))
         time += 1
         moved = "episode" in info
         if moved:
-            done, ended = np.flatnonzero(info["_episode"]), info["episode"]
-            for name, values in host.items():
-                values[ended["item"][done]] = ended[name][done]
-            texts = env.last_completions()
-            for lane in done:
-                completions[ended["item"][lane]] = texts[lane] or ""
+            done = np.flatnonzero(info["_episode"])
+            record.end(done, info["episode"])
             time[upload(done, device)] = 0
-    return Results(
-        reward=upload(host["r"], device),
-        score=upload(host["score"], device),
-        nfe=upload(host["l"], device),
-        example=upload(np.asarray(chosen, np.int64), device),
-        completions=completions,
-        row_forwards=core.row_forwards - forwards,
-        steps=steps,
-        lane_steps=lane_steps,
-        empty_steps=float(empty) / max(steps, 1),
-        idle_lanes=1 - steps / max(lane_steps, 1),
-    )
+    return record.results()

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -227,8 +227,17 @@ def parameters(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
         return {}, True
     function = target.__init__ if inspect.isclass(target) else target
     module = sys.modules.get(getattr(function, "__module__", None) or "")
-    names = {p.name: resolved(p.annotation, vars(module) if module else {}) for p in found if p.kind not in (2, 4)}
-    return names, any(p.kind is p.VAR_KEYWORD for p in found)
+    names: dict[str, Any] = {}
+    more = False
+    for parameter in found:
+        kind = resolved(parameter.annotation, vars(module) if module else {})
+        if parameter.kind is parameter.VAR_KEYWORD:
+            listed = get_args(kind)  # **options: Unpack[a TypedDict] says which there are
+            names |= get_type_hints(listed[0]) if listed else {}
+            more = not listed
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            names[parameter.name] = kind
+    return names, more
 
 
 def resolved(annotation: Any, names: dict[str, Any]) -> Any:

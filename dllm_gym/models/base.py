@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dllm_gym.models.ids import SpecialIds
-from dllm_gym.models.spelling import Spelling
+from dllm_gym.models.spelling import Spelling, in_template
 from dllm_gym.models.vocabulary import Prediction, Sampling, Vocabulary
 from dllm_gym.noise import fold
 from dllm_gym.prompt import Chat
@@ -90,23 +91,7 @@ class DLLM:
         if not getattr(self.tokenizer, "chat_template", None):
             return self.spelling.plain(str(prompt))
         chat = Chat((("user", prompt),)) if isinstance(prompt, str) else prompt
-        return self.spelling.chat(chat, self._in_template)
-
-    def _in_template(self, turns: Iterable[tuple[str, str]]) -> str:
-        from jinja2 import TemplateError
-
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self.template_options
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"this dLLM's chat template refuses turns of the roles {roles}: {error}") from None
-        for message in messages:
-            if message["content"].strip() not in text:
-                raise ValueError(f"this dLLM's chat template leaves out turns of the role {message['role']!r}")
-        return text
+        return self.spelling.chat(chat, partial(in_template, self.tokenizer, self.template_options))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a completion up to its first stop token; positions still masked contribute nothing."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,7 +22,21 @@ from dllm_gym.models.families import dream, llada, llada2, masked_lm, qwen
 SHIPPED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_shallow")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SWITCHES = ("rope_float32", "chat_template", "compile")
+
 Loader = Callable[[Checkpoint], DLLM]
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load_dllm` takes by name: fields of :class:`~dllm_gym.models.checkpoint.Settings`."""
+
+    device_map: str | Mapping[str, Any] | None
+    quantization: str | None
+    rope_float32: bool
+    chat_template: bool
+    mask_token: str | None
+    compile: bool
+
 
 # `model_type` of the raw config.json -> loader; what transformers knows as a masked language model comes on top.
 FAMILIES: dict[str, Loader] = {
@@ -69,13 +83,7 @@ def load_dllm(
     model: str | Path | DLLM,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    *,
-    device_map: str | Mapping[str, Any] | None = None,
-    quantization: str | None = None,
-    rope_float32: bool = False,
-    chat_template: bool = True,
-    mask_token: str | None = None,
-    compile: bool = False,
+    **options: Unpack[Options],
 ) -> DLLM:
     """Load a frozen dLLM; the same arguments give the same object within a process.
 
@@ -86,13 +94,14 @@ def load_dllm(
             ``@revision``), or a DLLM, which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
-        device_map, quantization, rope_float32, chat_template, mask_token, compile: fields of
-            :class:`~dllm_gym.models.checkpoint.Settings`.
+        options: ``device_map``, ``quantization``, ``rope_float32``, ``chat_template``, ``mask_token`` and ``compile``,
+            fields of :class:`~dllm_gym.models.checkpoint.Settings`.
 
     Raises:
         ValueError: no such model; not a supported family; weights that are missing, unexpected, mis-shaped or
             unreadable; no mask token; an option that is not valid, or whose package is missing; an unknown dtype or
             device, or another one than a given DLLM has.
+        TypeError: there is no option of that name.
 
     >>> dllm = load_dllm("tiny")
     >>> dllm.decode(dllm.encode("1+2="))
@@ -100,28 +109,27 @@ def load_dllm(
     """
     dtype = None if dtype is None else check_dtype(dtype)
     device = None if device is None else check_device(device)
-    options = check_options(
-        device_map=check_device_map(device_map),
-        quantization=quantization,
-        rope_float32=rope_float32,
-        chat_template=chat_template,
-        mask_token=mask_token,
-        compile=compile,
-    )
+    checked = check_options(options)
     if isinstance(model, DLLM):
-        refuse_another(model, device, dtype, options)
+        refuse_another(model, device, dtype, checked)
         return model
-    settings = Settings(device or torch.device("cpu"), dtype or torch.float32, **options)
+    settings = Settings(device or torch.device("cpu"), dtype or torch.float32, **checked)
     name = full_name(model)
     with _loading:  # transformers' verbosity is the process's, and two threads would load twice
         return _load(name, settings)
 
 
-def check_options(**options: Any) -> dict[str, Any]:
+def check_options(options: Options) -> dict[str, Any]:
     """The fields of ``Settings`` that were asked for; ValueError for a switch or a text that is none."""
-    if options["mask_token"] is not None and not isinstance(options["mask_token"], str):
-        raise ValueError(f"mask_token={options['mask_token']!r} is not valid: give the token's text")
-    return options | {name: flag(name, options[name]) for name in ("rope_float32", "chat_template", "compile")}
+    checked: dict[str, Any] = dict(options)
+    for name in checked:
+        if name not in Options.__annotations__:
+            raise TypeError(f"load_dllm() has no option {name!r}: choose from {', '.join(Options.__annotations__)}")
+    if "device_map" in checked:
+        checked["device_map"] = check_device_map(checked["device_map"])
+    if not isinstance(checked.get("mask_token"), str | None):
+        raise ValueError(f"mask_token={checked['mask_token']!r} is not valid: give the token's text")
+    return checked | {name: flag(name, checked[name]) for name in SWITCHES if name in checked}
 
 
 def full_name(model: str | Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -80,3 +80,23 @@ class Spelling:
             return self.tokenizer.encode(text, add_special_tokens=False, **how)  # a template writes its own
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"this dLLM's tokenizer has no tokens for the prompt {text[:40]!r}...: {error}") from None
+
+
+def in_template(tokenizer: Any, options: Mapping[str, Any], turns: Turns) -> str:
+    """Turns as the tokenizer's chat template writes them; ``options`` are what else it is given.
+
+    Raises:
+        ValueError: it refuses a role, or leaves a turn out.
+    """
+    from jinja2 import TemplateError
+
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    except TemplateError as error:
+        roles = ", ".join(role for role, _ in turns)
+        raise ValueError(f"this dLLM's chat template refuses turns of the roles {roles}: {error}") from None
+    for role, content in turns:
+        if content.strip() not in text:
+            raise ValueError(f"this dLLM's chat template leaves out turns of the role {role!r}")
+    return text
