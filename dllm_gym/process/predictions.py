@@ -134,6 +134,67 @@ class Drift:
         self.kl[lanes] = torch.nn.functional.pad(self.kl[lanes][..., :-1], (1, 0))
 
 
+class FirstPredictions:
+    """What was predicted for rows in which nothing has been committed yet: equal ones are forwarded once.
+
+    Args:
+        tensors: what is predicted per lane and position, [B, L, ...] each.
+
+    Attributes:
+        kept: what a row begins with -> its part of every tensor, [L, ...] each; the latest last.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = tensors
+        self.kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self.device = tensors[0].device
+
+    def recall(self, starts: Sequence[bytes | None], lanes: np.ndarray) -> dict[int, int | None]:
+        """Rows that need no forward: to which other row each is equal, None if it is known already.
+
+        Args:
+            starts: per row what tells it from others; None if something has been committed.
+            lanes: int64 [b], where rows that are known are written to.
+        """
+        twins: dict[int, int | None] = {}
+        met: dict[bytes, int] = {}
+        known: list[tuple[int, list[Tensor]]] = []
+        for i, start in enumerate(starts):
+            if start is None:
+                continue
+            if start in self.kept:
+                self.kept.move_to_end(start)
+                known.append((int(lanes[i]), self.kept[start]))
+                twins[i] = None
+            elif start in met:
+                twins[i] = met[start]
+            else:
+                met[start] = i
+        if known:
+            to = upload([lane for lane, _ in known], self.device)
+            for number, tensor in enumerate(self.tensors):
+                tensor[to] = torch.stack([stored[number] for _, stored in known])
+        return twins
+
+    def remember(self, starts: Sequence[bytes | None], lanes: np.ndarray) -> None:
+        """Keep the first predictions among these for later rows that begin the same way."""
+        new = [(start, int(lane)) for start, lane in zip(starts, lanes, strict=True) if start is not None]
+        if not new:
+            return
+        most = max(1, FIRST_BYTES // (ENTRY_BYTES + sum(tensor[0].nbytes for tensor in self.tensors)))
+        for start, lane in new[-most:]:
+            self.kept[start] = [tensor[lane].clone() for tensor in self.tensors]
+        while len(self.kept) > most:
+            self.kept.popitem(last=False)
+
+    def copy(self, source: dict[int, int]) -> None:
+        """Give lanes the predictions of others: ``source`` maps a lane to the one that it equals."""
+        if source:
+            to, of = (upload(list(lanes), self.device) for lanes in (source.keys(), source.values()))
+            for tensor in self.tensors:
+                tensor[to] = tensor[of]
+
+
 class Predictions:
     """The dLLM's proposals and confidences at the L positions of B lanes.
 
@@ -165,7 +226,7 @@ class Predictions:
         self.hidden = torch.zeros(lanes, length, dllm.hidden_size, device=device) if sampling.hidden else None
         self.drift = Drift(lanes, length, dllm.vocab_size, history, device) if history else None
         self.work = Work()
-        self.first: OrderedDict[bytes, list[Tensor]] = OrderedDict()  # first predictions by prompt, latest last
+        self.first = FirstPredictions(self.tensors())
         self.batching = Batching.on(device)
 
     def tensors(self) -> list[Tensor]:
@@ -188,13 +249,14 @@ class Predictions:
             return
         # Distributions are not kept for later, and at a temperature every row draws proposals of its own.
         repeatable = self.drift is None and self.sampling.temperature == 0
-        twins = self._recall(rows) if repeatable else {}
+        twins = self.first.recall(rows.prompt, rows.lanes) if repeatable else {}
+        self.work.reused += len(twins)
         needed = rows.pick(np.array([i for i in range(len(rows.lanes)) if i not in twins], np.int64))
         for batch in self.batching.split(needed.length):
             self._forward(needed.pick(batch))
         if repeatable:
-            self._remember(needed)
-            self._copy({int(rows.lanes[i]): int(rows.lanes[j]) for i, j in twins.items() if j is not None})
+            self.first.remember(needed.prompt, needed.lanes)
+            self.first.copy({int(rows.lanes[i]): int(rows.lanes[j]) for i, j in twins.items() if j is not None})
 
     # ---- one forward ----
 
@@ -255,49 +317,6 @@ class Predictions:
             value.view(-1)[at] = getattr(prediction, name).to(device)
         if self.drift is not None and prediction.log_prob is not None:
             self.drift.move(lanes, at, prediction.log_prob.to(device))
-
-    # ---- equal rows ----
-
-    def _recall(self, rows: Request) -> dict[int, int | None]:
-        """Rows that need no forward: to which row of the same prompt each is equal, None if it is known already."""
-        twins: dict[int, int | None] = {}
-        met: dict[bytes, int] = {}
-        known: list[tuple[int, list[Tensor]]] = []
-        for i, prompt in enumerate(rows.prompt):
-            if prompt is None:
-                continue
-            if prompt in self.first:
-                self.first.move_to_end(prompt)
-                known.append((int(rows.lanes[i]), self.first[prompt]))
-                twins[i] = None
-            elif prompt in met:
-                twins[i] = met[prompt]
-            else:
-                met[prompt] = i
-        if known:
-            lanes = upload([lane for lane, _ in known], self.dllm.device)
-            for number, tensor in enumerate(self.tensors()):
-                tensor[lanes] = torch.stack([stored[number] for _, stored in known])
-        self.work.reused += len(twins)
-        return twins
-
-    def _remember(self, rows: Request) -> None:
-        """Keep the first predictions among these for later episodes with the same prompt."""
-        new = [(prompt, int(lane)) for prompt, lane in zip(rows.prompt, rows.lanes, strict=True) if prompt is not None]
-        if not new:
-            return
-        most = max(1, FIRST_BYTES // (ENTRY_BYTES + sum(tensor[0].nbytes for tensor in self.tensors())))
-        for prompt, lane in new[-most:]:
-            self.first[prompt] = [tensor[lane].clone() for tensor in self.tensors()]
-        while len(self.first) > most:
-            self.first.popitem(last=False)
-
-    def _copy(self, source: dict[int, int]) -> None:
-        """Give lanes the predictions of others: ``source`` maps a lane to the one that it equals."""
-        if source:
-            to, of = (upload(list(lanes), self.dllm.device) for lanes in (source.keys(), source.values()))
-            for tensor in self.tensors():
-                tensor[to] = tensor[of]
 
 
 def rounded(number: int, step: int) -> int:
