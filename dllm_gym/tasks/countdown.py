@@ -8,8 +8,9 @@ from fractions import Fraction
 from typing import Any
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import DatasetTask, Row, Source
+from dllm_gym.tasks.dataset import DatasetTask
 from dllm_gym.tasks.grading.text import marked
+from dllm_gym.tasks.rows import Row, Source
 
 LONGEST = 200  # characters of an expression
 COLUMNS = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}

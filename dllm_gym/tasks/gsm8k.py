@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import DatasetTask, Row, Source, cell
+from dllm_gym.tasks.dataset import DatasetTask
 from dllm_gym.tasks.grading.text import numbers, same_number
+from dllm_gym.tasks.rows import Row, Source, cell
 
 
 class GSM8K(DatasetTask):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import DatasetTask, Row, Source, cell
+from dllm_gym.tasks.dataset import DatasetTask
 from dllm_gym.tasks.grading.latex import equivalent, equivalent_all
 from dllm_gym.tasks.grading.text import boxes, marked
+from dllm_gym.tasks.rows import Row, Source, cell
 
 if TYPE_CHECKING:
     from datasets import Dataset

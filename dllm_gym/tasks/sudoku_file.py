@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from dllm_gym.tasks.base import Example
-from dllm_gym.tasks.dataset import DatasetTask, Row
+from dllm_gym.tasks.dataset import DatasetTask
 from dllm_gym.tasks.grading.text import LIMIT, marked
+from dllm_gym.tasks.rows import Row
 
 # cells with little between them; then also as lists, tables, matrices and bold text write them: the text before a grid
 # may end in such a sign, too, so both are tried; a blank line ends the second kind

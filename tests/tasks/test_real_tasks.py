@@ -192,11 +192,11 @@ def test_a_broken_row_is_named_with_its_file_and_number(kind, change, message, t
     settings = {"sandbox": "rlimit"} if kind in (MBPP, KodCode) else {}
     path = write(tmp_path / "a.jsonl", [GOOD[kind], {**GOOD[kind], **change}])
     with pytest.raises(ValueError, match=f"row 2 of '.*a.jsonl': {message}"):
-        kind(data={"train": path}, **settings)._part("train")
+        kind(data={"train": path}, **settings).rows.of("train")
     lacking = {name: value for name, value in GOOD[kind].items() if name != next(iter(change), "")}
     if lacking != GOOD[kind]:
         with pytest.raises(ValueError, match="row 1 of '.*b.jsonl': (lacks the columns|no value for|the problem)"):
-            kind(data={"train": write(tmp_path / "b.jsonl", [lacking])}, **settings)._part("train")
+            kind(data={"train": write(tmp_path / "b.jsonl", [lacking])}, **settings).rows.of("train")
 
 
 def test_rows_may_differ_in_their_columns(tmp_path):
@@ -229,7 +229,7 @@ def test_kodcode_leaves_out_tests_that_cannot_be_read(tmp_path):
     deep = GOOD[KodCode]["test"] + " == " + "+".join("1" * 20_000)
     rows = [GOOD[KodCode], {**GOOD[KodCode], "test": deep}, {**GOOD[KodCode], "test_info": [{}]}]
     task = KodCode(data={"train": write(tmp_path / "a.jsonl", rows)}, sandbox="rlimit")
-    assert len(task._part("train")) == 1
+    assert len(task.rows.of("train")) == 1
     assert task.left_out["no function declaration"] == 1 and sum(task.left_out.values()) == 2
 
 
@@ -374,7 +374,7 @@ def test_every_reply_scores_one(style, tmp_path):
         SudokuFile(prompt_style=style, data=write(tmp_path / "s.csv", [grid])),
     ]
     for task in tasks:
-        examples = [example for split in SPLITS for example in task._part(split)][:30]
+        examples = [example for split in SPLITS for example in task.rows.of(split)][:30]
         for example in examples:
             prefill = task.prompt(example).prefill
             assert task.reply(example).startswith(prefill)
