@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import MultiBinary
@@ -16,10 +15,10 @@ from torch import Tensor
 from dllm_gym import render
 from dllm_gym.checks import choice, whole
 from dllm_gym.envs.dealer import Dealer, check_options
+from dllm_gym.envs.lanes import Lanes
 from dllm_gym.envs.spaces import check_action, observation_space
-from dllm_gym.models.batches import upload
-from dllm_gym.process.config import EMPTY, EnvConfig
-from dllm_gym.process.unmasking import Outcome, Unmasking
+from dllm_gym.process.config import EnvConfig
+from dllm_gym.process.unmasking import Unmasking
 
 ARRAYS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "torch": dict,
@@ -105,7 +104,7 @@ class DLLMUnmaskVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.dealer = Dealer(self.num_envs, len(self.core.examples), self.core.alpha_range)
-        self._waiting: np.ndarray | None = None  # lanes whose episode is over (NEXT_STEP, DISABLED); None: never reset
+        self._lanes = Lanes(self.core, self.dealer, self.autoreset_mode)
 
     @property
     def device(self) -> torch.device:
@@ -126,37 +125,9 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             ValueError: an option is wrong. gymnasium.error.ResetNeeded: the first reset leaves lanes out.
         """
         options = check_options(options, ("examples", "queue", "alpha", "reset_mask"))
-        if "reset_mask" in options:
-            self._waiting = self._reset_some(np.asarray(torch.as_tensor(options["reset_mask"]).cpu()), seed, options)
-        else:
-            if seed is not None:
-                self.dealer.seed(seed)
-            self.core.begin(range(self.num_envs), *self.dealer.deal_all(options))
-            self._waiting = np.zeros(self.num_envs, bool)
+        self._lanes.reset(seed, options)
         self.core.predict()
-        return self._deliver(self.core.observe()), self._items()
-
-    def _reset_some(self, reset_mask: np.ndarray, seed: Any, options: dict[str, Any]) -> np.ndarray:
-        """New episodes in the lanes of ``reset_mask``; returns which lanes still wait."""
-        if reset_mask.shape != (self.num_envs,) or reset_mask.dtype != bool:
-            raise ValueError(f"options['reset_mask']={reset_mask!r}: need bools of shape ({self.num_envs},)")
-        if "queue" in options:
-            raise ValueError("options['queue'] goes with a reset of all lanes, without options['reset_mask']")
-        if self._waiting is None and not reset_mask.all():
-            raise gym.error.ResetNeeded("the first reset is of all lanes: options['reset_mask'] leaves some out")
-        lanes = np.flatnonzero(reset_mask)
-        if seed is not None:
-            self.dealer.seed(seed, lanes)
-        self._begin(lanes, [self.dealer.restart(int(lane), options) for lane in lanes])
-        return np.zeros(self.num_envs, bool) if self._waiting is None else self._waiting & ~reset_mask
-
-    def _deal(self, lanes: np.ndarray) -> None:
-        """Put the next prompt into each of these lanes, the lowest lane first."""
-        self._begin(lanes, [self.dealer.deal(lane) for lane in lanes])
-
-    def _begin(self, lanes: np.ndarray, dealt: list[tuple[int, int, float | None]]) -> None:
-        if len(lanes):
-            self.core.begin(lanes, *zip(*dealt, strict=True))
+        return self._deliver(self.core.observe()), self._lanes.items()
 
     def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Unmask the chosen positions in every lane.
@@ -168,66 +139,19 @@ class DLLMUnmaskVectorEnv(VectorEnv):
             ValueError: wrong shape or dtype. gymnasium.error.ResetNeeded: before the first reset, or (DISABLED) a
                 finished lane has not been reset.
         """
-        if self._waiting is None:
-            raise gym.error.ResetNeeded("step() was called before reset()")
-        if self.autoreset_mode is AutoresetMode.DISABLED and self._waiting.any():
-            lanes = np.flatnonzero(self._waiting).tolist()
-            raise gym.error.ResetNeeded(f"lanes {lanes} have finished: reset them with options={{'reset_mask': ...}}")
+        self._lanes.check_ready()
         done = self.core.commit(check_action(actions, (self.num_envs, self.core.L), self.device))
-        items, last = self.dealer.items.copy(), None
-        if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            last = self._last_observation(done) if done.any() else None
-            self._deal(np.flatnonzero(done))
-        elif self.autoreset_mode is AutoresetMode.NEXT_STEP:
-            self._deal(np.flatnonzero(self._waiting))
-        self._waiting = done & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
+        items = self.dealer.items.copy()
+        last = self._lanes.move_on(done)
         self.core.predict()  # while the answers that are done are graded
         outcome = self.core.settle()
-        info = self._information(outcome, items)
+        info = self._lanes.information(outcome, items)
         if last is not None:
             info |= {"final_obs": last, "final_info": dict(info)}
             info |= {name: done.copy() for name in ("_final_obs", "_final_info")}
+        terminated, truncated = outcome.terminated.copy(), outcome.truncated.copy()
         observation = self._deliver(self.core.observe())
-        return (
-            observation,
-            outcome.reward.copy(),
-            outcome.terminated.copy(),
-            outcome.truncated.copy(),
-            info | self._items(),
-        )
-
-    def _last_observation(self, done: np.ndarray) -> dict[str, np.ndarray]:
-        """What is seen of the lanes that are about to be refilled, with zeros for the others."""
-        if self.core.stale[done].any():
-            self.core.predict()  # masked positions of a truncated lane deserve their true confidences
-        where = upload(np.flatnonzero(done), self.device)
-        last = {}
-        for name, value in self.core.observe().items():
-            seen = value[where].cpu().numpy()
-            last[name] = np.zeros((self.num_envs, *seen.shape[1:]), seen.dtype)
-            last[name][done] = seen
-        return last
-
-    def _items(self) -> dict[str, np.ndarray]:
-        """Which item of a reset with a queue each lane works on, as long as there is one that does."""
-        items, some = self.dealer.items, self.dealer.items != EMPTY
-        return {"item": items.copy(), "_item": some} if some.any() else {}
-
-    def _information(self, outcome: Outcome, items: np.ndarray) -> dict[str, Any]:
-        done = outcome.done
-        if not done.any():
-            return {}
-        episode = {
-            "r": outcome.reward.copy(),
-            "l": np.where(done, outcome.nfe, 0),
-            "score": outcome.score.copy(),
-            "example": np.where(done, outcome.example, EMPTY),
-        }
-        if self.core.alpha_range is not None:
-            episode["alpha"] = np.where(done, outcome.alpha, 0).astype(np.float32)
-        if self.dealer.queue is not None:
-            episode["item"] = np.where(done, items, EMPTY)
-        return {"episode": episode, "_episode": done}
+        return observation, outcome.reward.copy(), terminated, truncated, info | self._lanes.items()
 
     def last_completions(self) -> list[str | None]:
         """The text of the last finished episode of every lane (None where none has finished)."""
