@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 @command("train")
 def main(cfg: DictConfig) -> float:
-    from training import train_and_report
+    from training_run import train_and_report
 
     return train_and_report(cfg)
 

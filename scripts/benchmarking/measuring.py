@@ -22,7 +22,7 @@ from rich.table import Table
 from run_folder import RunFolder
 from settings import refuse_chosen
 from torch import Tensor
-from training import make_learner
+from training_run import make_learner
 
 from agents.rollout import Decider, Results, evaluate
 from agents.runs.files import atomically

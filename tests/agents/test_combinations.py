@@ -40,9 +40,9 @@ class Checksum(Sudoku):
 def scripts():
     sys.path.insert(0, str(ROOT / "scripts"))
     import factory
-    import training
+    import training_run
 
-    yield factory, training
+    yield factory, training_run
     sys.path.remove(str(ROOT / "scripts"))
 
 

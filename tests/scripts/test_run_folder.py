@@ -500,7 +500,7 @@ def test_a_stop_in_the_evaluation_keeps_the_training(tmp_path, monkeypatch, caps
     def stop(*_):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("training.report", stop)
+    monkeypatch.setattr("training_run.report", stop)
     with pytest.raises(SystemExit) as caught:
         call("train", folder, "resume=auto")
     assert caught.value.code == 143
