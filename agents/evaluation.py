@@ -1,41 +1,107 @@
-"""What an evaluation says: accuracy and NFE with confidence intervals, fronts, tables, files and the picture."""
+"""An evaluation: every decider on the same examples, accuracy and NFE with confidence intervals, tables and files."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
+from agents.fronts import POLICY, Row, decoding, policy_rewards
+from agents.pictures import plot
 from agents.runs.files import noted, read
 
 if TYPE_CHECKING:  # who reads and draws results needs no torch
     from agents.rollout import Decider, Results
     from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 
-Row = dict[str, Any]  # one decider on one split: the columns of the table
+
+@dataclass
+class Played:
+    """One decider's episodes on one split.
+
+    Attributes:
+        results: one per seed, over the same examples. alpha: the one that they were paid by, if it was chosen.
+        length: L. reward_name: the reward that has alphas.
+    """
+
+    results: list[Results]
+    alpha: float | None
+    length: int
+    reward_name: Any
+
+    def reward(self, alpha: float | None) -> float:
+        """The mean reward; at another alpha than the one it was paid by it follows from score and NFE."""
+        from dllm_gym.process.rewards import make_reward
+
+        if alpha is None or alpha == self.alpha:
+            rewards = [r.reward for r in self.results]
+        else:
+            paid = make_reward(self.reward_name, alpha)
+            rewards = [paid(r.score, r.nfe, self.length) for r in self.results]
+        return float(np.mean([r.double().mean().item() for r in rewards]))
 
 
-def evaluate_rows(
+def play(
     env: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int]
-) -> list[Row]:
-    """One row per decider, in order: each is evaluated on the same examples, once per seed.
+) -> dict[str, Played]:
+    """Every decider on the same examples, once per seed.
 
     In an environment with a range of alphas a decider that has an ``alpha`` is paid by it, every other one by that in
     the middle of the range.
     """
     from agents.rollout import evaluate
 
-    middle = None if env.core.alpha_range is None else env.core.alpha_range.at(0.5)
-    rows = []
+    core = env.core
+    middle = None if core.alpha_range is None else core.alpha_range.at(0.5)
+    played = {}
     for name, decider in deciders.items():
         alpha = getattr(decider, "alpha", None) or middle
-        rows.append(summary(name, [evaluate(env, decider, examples, seed, alpha) for seed in seeds]))
+        results = [evaluate(env, decider, examples, seed, alpha) for seed in seeds]
+        played[name] = Played(results, alpha, core.L, core.reward_name)
+    return played
+
+
+def evaluate_rows(test: Mapping[str, Played], validation: Mapping[str, Played] | None = None) -> list[Row]:
+    """One row per decider, in order, and what is chosen among them on the validation split.
+
+    Chosen are, by mean reward there: of a policy's greedy and sampled decoding one (over all its alphas), and of the
+    rules the best one at the alpha of each policy row, which says how that rule does on these examples.
+    """
+    rows = [summary(name, played.results) for name, played in test.items()]
+    for row in rows:
+        row |= {"validation_reward": None, "chosen": None, "best_rule": None, "best_rule_reward": None}
+    if validation is not None:
+        choose(rows, test, validation)
     return rows
+
+
+def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[str, Played]) -> None:
+    """Fill in what :func:`evaluate_rows` chooses."""
+    rules = [row["name"] for row in rows if row["family"] != POLICY]
+    for row in rows:
+        row["validation_reward"] = validation[row["name"]].reward(None)
+    by_decoding = policy_rewards(rows, "validation_reward")
+    decoded = max(by_decoding, key=lambda how: by_decoding[how]) if by_decoding else None
+
+    @cache
+    def best_rule(alpha: float | None) -> str | None:
+        return max(rules, key=lambda name: validation[name].reward(alpha)) if rules else None
+
+    for row in rows:
+        alpha = test[row["name"]].alpha
+        best = best_rule(alpha)
+        if row["family"] != POLICY:
+            row["chosen"] = row["name"] == best
+            continue
+        row["chosen"] = decoding(row) == decoded
+        row["best_rule"], row["best_rule_reward"] = best, None if best is None else test[best].reward(alpha)
 
 
 def summary(name: str, results: Sequence[Results]) -> Row:
@@ -63,15 +129,6 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 1000, level: float =
     return float(low), float(high)
 
 
-def accuracy_at(rows: Sequence[Row], nfe: float) -> float:
-    """The accuracy that a family of rows reaches at ``nfe``, linear between neighbours in NFE.
-
-    Outside the family's range its nearest end counts.
-    """
-    ordered = sorted(rows, key=lambda row: row["nfe"])
-    return float(np.interp(nfe, [row["nfe"] for row in ordered], [row["accuracy"] for row in ordered]))
-
-
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows for a terminal, fastest first within their families."""
     result = Table(title=title)
@@ -87,21 +144,6 @@ def table(rows: Sequence[Row], title: str) -> Table:
             f"{row['reward']:.3f}",
         )
     return result
-
-
-def comparison(rows: Sequence[Row], family: str = "threshold", policy: str = "policy") -> list[str]:
-    """A sentence per policy row: its accuracy beside that of ``family``, interpolated at the policy's NFE."""
-    reference = [row for row in rows if row["family"] == family]
-    if not reference:
-        return []
-    sentences = []
-    for row in (row for row in rows if row["family"] == policy):
-        other = accuracy_at(reference, row["nfe"])
-        sentences.append(
-            f"{row['name']}: {row['accuracy']:.3f} at NFE {row['nfe']:.2f}; {family} at that NFE: {other:.3f} "
-            f"({100 * (row['accuracy'] - other):+.1f} points)"
-        )
-    return sentences
 
 
 def save_report(rows: Sequence[Row], folder: Path, title: str) -> None:
@@ -138,56 +180,3 @@ def read_rows(path: Path, numbers: Sequence[str]) -> list[Row]:
         if not isinstance(row.get("name"), str):
             raise ValueError(f"{path} holds no results: a row has no name")
     return rows
-
-
-# Okabe and Ito's palette, apart for colour-blind eyes; one shape per family as well.
-COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
-MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "h", "d")
-
-
-def plot(rows: Sequence[Row], path: Path, title: str, policy: str = "policy") -> None:
-    """Accuracy against NFE: a line per family of heuristics, stars for policies, 95 % intervals as bars."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150)
-    families = [f for f in dict.fromkeys(row["family"] for row in rows) if f != policy]
-    for i, family in enumerate(families):
-        members = sorted((row for row in rows if row["family"] == family), key=lambda row: row["nfe"])
-        _points(
-            axes,
-            members,
-            family,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
-            linewidth=1.4,
-        )
-    for row, face in zip((r for r in rows if r["family"] == policy), ("#D55E00", "#FFFFFF") * len(rows), strict=False):
-        _points(
-            axes,
-            [row],
-            row["name"],
-            color="#D55E00",
-            marker="*",
-            markersize=15,
-            markerfacecolor=face,
-            linewidth=0,
-            zorder=9,
-        )
-    axes.set(xlabel="NFE per answer (lower is faster)", ylabel="accuracy", title=title, ylim=(-0.02, 1.04))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _points(axes, rows: Sequence[Row], label: str, **style: Any) -> None:
-    x, y = [row["nfe"] for row in rows], [row["accuracy"] for row in rows]
-    down = [row["accuracy"] - row["accuracy_low"] for row in rows]
-    up = [row["accuracy_high"] - row["accuracy"] for row in rows]
-    axes.errorbar(x, y, yerr=(np.abs(down), np.abs(up)), label=label, elinewidth=1, **style)

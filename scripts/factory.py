@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from run_folder import RunFolder
 from settings import check_groups, chosen_names
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
-from agents.evaluation import Row, comparison, evaluate_rows, save_report, table
+from agents.evaluation import Played, evaluate_rows, play, save_report, table
+from agents.fronts import Row, sentences
 from agents.rollout import Decider, evaluate
 from dllm_gym.checks import distinct, number, whole
 from dllm_gym.checks import seed as check_seed
@@ -166,14 +168,6 @@ def alphas(cfg: DictConfig) -> list[float]:
     return [number("evaluation.alphas", a, span.low, span.high) for a in distinct("evaluation.alphas", chosen)]
 
 
-def policy_rewards(rows: Iterable[Row]) -> dict[str, float]:
-    """Mean reward of the policy's rows, greedy and sampled: over alphas, if there are several."""
-    found: dict[str, list[float]] = {}
-    for row in (row for row in rows if row["family"] == "policy"):
-        found.setdefault(row["name"].strip(")").partition("(")[2].partition(",")[0], []).append(row["reward"])
-    return {how: sum(rewards) / len(rewards) for how, rewards in found.items()}
-
-
 def take_over(cfg: DictConfig, trained: DictConfig) -> None:
     """Let ``cfg`` use the model, task, env and reward that a policy was trained with, but for what the user chose."""
     chosen = chosen_names()
@@ -192,6 +186,8 @@ def check_evaluation(cfg: DictConfig) -> None:
     whole("evaluation.num_envs", settings.num_envs, most=MOST_LANES)
     if settings.examples is not None:
         whole("evaluation.examples", settings.examples)
+    if settings.validation is not None:
+        whole("evaluation.validation", settings.validation)
     for seed in distinct("evaluation.seeds", settings.seeds):
         check_seed("evaluation.seeds", seed)
     if settings.alphas is not None:
@@ -199,18 +195,40 @@ def check_evaluation(cfg: DictConfig) -> None:
             number("evaluation.alphas", alpha, above=0)
 
 
+def validate(
+    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], console: Any
+) -> dict[str, Played] | None:
+    """The deciders on the first examples of the validation split, once; None where nothing is to be chosen there."""
+    settings = cfg.evaluation
+    if settings.validation is None or settings.split == "validation":
+        return None
+    began = time.perf_counter()
+    needs = requirements(deciders.values())
+    try:
+        own = make_envs(cfg, envs.device, num_envs=settings.num_envs, split="validation", **needs)
+    except ValueError as error:
+        console.print(f"nothing is chosen on validation: {error}")
+        return None
+    count = min(settings.validation, settings.examples, len(own.core.examples))
+    played = play(own, deciders, range(count), settings.seeds[:1])
+    seconds = time.perf_counter() - began
+    console.print(f"chosen on validation: {count} examples, {len(deciders)} deciders, {seconds:.0f} s")
+    return played
+
+
 def report(
     cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], run: RunFolder, console: Any
 ) -> list[Row]:
-    """Evaluate, print the table, write results.{json,csv,png} into the run folder."""
+    """Evaluate, print the table and what it says, write results.{json,csv,png} into the run folder."""
     settings = cfg.evaluation
-    rows = evaluate_rows(envs, deciders, range(settings.examples), settings.seeds)
+    test = play(envs, deciders, range(settings.examples), settings.seeds)
+    rows = evaluate_rows(test, validate(cfg, envs, deciders, console))
     run.begin()  # an evaluation that was broken off leaves nothing
     core = envs.core
     title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
     save_report(rows, run.path, title)  # before anything is printed: a reader may go away
     console.print(table(rows, title))
-    for sentence in comparison(rows):
+    for sentence in sentences(rows):
         console.print(sentence)
     console.print(f"written: {run.path}/results.json, results.csv, results.png", soft_wrap=True)
     return rows

@@ -21,7 +21,6 @@ from factory import (
     make_evaluation_envs,
     make_policy,
     policy_deciders,
-    policy_rewards,
     prepare,
     refuse_a_range_that_nothing_reads,
     report,
@@ -34,6 +33,7 @@ from settings import chosen_names
 from tqdm import tqdm
 
 from agents.algorithm import Algorithm
+from agents.fronts import policy_rewards
 from agents.rollout import evaluate
 from agents.runs.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
 from agents.runs.strangers import Refused
@@ -389,7 +389,9 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     if not train(cfg, envs, learner, saver, start, stop):
         return None
     rows = report(cfg, test_envs, deciders, run, console)
-    return max(policy_rewards(rows).values())  # what Hydra's optimising sweepers maximise
+    validated = all(row["validation_reward"] is not None for row in rows)
+    # What Hydra's optimising sweepers maximise: not on the test split, where there is another.
+    return max(policy_rewards(rows, "validation_reward" if validated else "reward").values())
 
 
 def told(run: RunFolder) -> str:

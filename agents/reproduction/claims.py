@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation import Row, accuracy_at, read_rows
+from agents.evaluation import read_rows
+from agents.fronts import Row, area, needed, pareto, reached
 from agents.runs.files import atomically
 
 LABELS = ("task", "env", "world", "trained_on", "kind", "family", "setting", "alpha", "seed", "decode", "split")
@@ -116,43 +117,6 @@ def better_decoding(rows: Sequence[Row]) -> list[Row]:
 
 
 # Fronts
-
-
-def pareto(points: Iterable[Row]) -> list[Row]:
-    """The points that no other point beats: NFE and accuracy both rise strictly from one to the next."""
-    front: list[Row] = []
-    for point in sorted(points, key=lambda p: (p["nfe"], -p["accuracy"])):
-        if not front or point["accuracy"] > front[-1]["accuracy"]:
-            front.append(point)
-    return front
-
-
-def reached(front: Sequence[Row], nfe: float) -> float:
-    """The accuracy of a front at ``nfe``."""
-    return accuracy_at(front, nfe) if front and nfe >= front[0]["nfe"] else 0.0
-
-
-def needed(front: Sequence[Row], accuracy: float) -> float:
-    """The least NFE at which a front reaches ``accuracy``; infinity if it never does."""
-    if not front or front[-1]["accuracy"] < accuracy:
-        return math.inf
-    return float(np.interp(accuracy, [p["accuracy"] for p in front], [p["nfe"] for p in front]))
-
-
-def area(front: Sequence[Row], length: float, log: bool = False) -> float:
-    """The mean accuracy of a front over NFE in [1, L]: the area below it divided by L - 1.
-
-    Args:
-        length: L. log: mean over log NFE instead, which weighs the fast end as the figures show it.
-    """
-    total = 0.0
-    for one, two in zip(front, [*front[1:], {**front[-1], "nfe": length}] if front else [], strict=True):
-        (x0, y0), (x1, y1) = ((p["nfe"], p["accuracy"]) for p in (one, two))
-        if x1 > x0:
-            slope = (y1 - y0) / (x1 - x0)
-            # The line y0 + slope (x - x0), integrated over dx or over d log x = dx / x.
-            total += (y0 - slope * x0) * math.log(x1 / x0) + slope * (x1 - x0) if log else (x1 - x0) * (y0 + y1) / 2
-    return total / (math.log(length) if log else length - 1)
 
 
 @dataclass(frozen=True)

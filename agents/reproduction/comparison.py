@@ -45,7 +45,8 @@ def read_runs(folders: Iterable[str | Path], evaluated: str, allowed: Allowed | 
 
     Args:
         allowed: what their configurations may name.
-        evaluated: which evaluation of the policy counts: ``"greedy"``, ``"sampled"``, or ``"best"`` (more reward).
+        evaluated: which evaluation of the policy counts: ``"greedy"``, ``"sampled"``, or ``"best"``: the one of more
+            reward, on the validation split where the run has that.
 
     Raises:
         ValueError: no finished run there, one is damaged or may not be read, or ``evaluated`` is none of these.
@@ -83,8 +84,9 @@ def measure(folder: Path, evaluated: str) -> dict[str, float]:
         own = [row for row in rows if row["name"].startswith(f"policy({how}")]
         if not own:
             raise ValueError(f"{path} holds no policy({how}): it is of no run of scripts/train.py")
-        means.append(mean_of(own))
-    row = max(means, key=lambda row: row["reward"])
+        column = "reward" if own[0].get("validation_reward") is None else "validation_reward"
+        means.append({**mean_of(own), "won": sum(row[column] for row in own) / len(own)})
+    row = max(means, key=lambda row: row["won"])
     total = totals(folder / "metrics.csv", ("episodes", "row_forwards", "seconds"))
     return {
         **{name: row[name] for name in ("accuracy", "nfe", "reward")},

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation import COLOURS, MARKERS, Row
+from agents.fronts import Row
+from agents.pictures import COLOURS, MARKERS
 from agents.reproduction.claims import (
     CLAIMS,
     LEARNED,

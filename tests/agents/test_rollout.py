@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agents.advantages import group_advantage
-from agents.evaluation import accuracy_at, bootstrap_interval, comparison, save_report, summary
+from agents.evaluation import bootstrap_interval, save_report, summary
 from agents.rollout import Results, evaluate, rollout
 from dllm_gym.deciders.distributions import MaskedBernoulli, ZeroTruncatedBernoulli
 from dllm_gym.deciders.networks import DiTConfidence
@@ -68,19 +68,6 @@ def test_wasted_steps_and_idle_lanes_are_counted():
     exact = evaluate(DLLMUnmaskVectorEnv(num_envs=2), TopK(5), range(6))
     assert exact.empty_steps == 0 and exact.idle_lanes == 0 and exact.nfe.tolist() == [4] * 6
     assert exact.row_forwards == 24
-
-
-def row(name: str, nfe: float, accuracy: float) -> dict:
-    return {"name": name, "family": name.partition("(")[0], "nfe": nfe, "accuracy": accuracy, "reward": 0.0}
-
-
-def test_interpolation_by_hand():
-    rows = [row("threshold(0.9)", 6.0, 0.9), row("threshold(0.5)", 2.0, 0.5), row("policy(greedy)", 3.0, 0.8)]
-    front = rows[:2]
-    assert accuracy_at(front, 3.0) == pytest.approx(0.6)
-    assert accuracy_at(front, 1.0) == 0.5 and accuracy_at(front, 99.0) == 0.9
-    (sentence,) = comparison(rows)
-    assert "0.800 at NFE 3.00" in sentence and "0.600" in sentence and "+20.0 points" in sentence
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

@@ -75,6 +75,8 @@ def test_training_leaves_everything_a_user_needs(trained):
     results = json.loads((trained / "results.json").read_text())
     assert [row["name"] for row in results] == ["policy(greedy)", "policy(sampled)"]
     assert all(row["examples"] == 8 and 1 <= row["nfe"] <= 20 for row in results)
+    rewards = [row["validation_reward"] for row in results]
+    assert [row["chosen"] for row in results] == [rewards[0] >= rewards[1], rewards[0] < rewards[1]]
 
 
 def test_a_checkpoint_evaluates_like_the_run_that_made_it(trained, tmp_path):

@@ -1,0 +1,106 @@
+"""Fronts of rules, what is chosen on validation, and what a policy is told beside them, worked out by hand."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from agents.evaluation import Played, evaluate_rows
+from agents.fronts import envelope, needed, reached, sentences
+from agents.pictures import draw
+from agents.rollout import Results
+
+
+def row(name: str, nfe: float, accuracy: float, **more) -> dict:
+    ends = {"accuracy_low": accuracy - 0.05, "accuracy_high": accuracy + 0.05}
+    return (
+        {"name": name, "family": name.partition("(")[0], "nfe": nfe, "accuracy": accuracy, "reward": 0.0} | ends | more
+    )
+
+
+RULES = [row("a(1)", 6.0, 0.9), row("a(2)", 2.0, 0.4), row("b(1)", 4.0, 0.8), row("b(2)", 4.5, 0.6)]
+
+
+def test_the_envelope_is_what_no_rule_of_any_family_beats():
+    front = envelope([*RULES, row("policy(greedy)", 1.0, 1.0)])
+    assert [point["name"] for point in front] == ["a(2)", "b(1)", "a(1)"]
+    assert [reached(front, nfe) for nfe in (1.9, 2, 3, 4, 5, 20)] == pytest.approx([0, 0.4, 0.6, 0.8, 0.85, 0.9])
+    assert needed(front, 0.6) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("nfe", "accuracy", "there", "cost"),
+    [
+        (3, 0.7, "the best rule there (a(2) to b(1)): 0.600 (+10.0 points)", "3.50 (0.86x)"),
+        (4, 0.6, "the best rule there (b(1)): 0.800 (-20.0 points)", "3.00 (1.33x)"),
+        (9, 0.95, "the best rule there (a(1)): 0.900 (+5.0 points)", None),
+        (1, 0.2, "no rule is that fast (the fastest, a(2): 0.400 at 2.00)", "2.00 (0.50x)"),
+    ],
+)
+def test_a_policy_stands_beside_the_best_of_all_rules(nfe, accuracy, there, cost):
+    (sentence,) = sentences([row("policy(greedy)", nfe, accuracy), *RULES])
+    needs = (
+        f"NFE of the rules at that accuracy: {cost}" if cost else "no rule reaches that accuracy (a(1) comes to 0.900)"
+    )
+    assert sentence == f"policy(greedy): {accuracy:.3f} at NFE {nfe:.2f}; {there}; {needs}"
+
+
+def played(score, nfe, alpha=None) -> Played:
+    """Two examples, L = 10, paid by score * ((11 - nfe) / 10) ** alpha (1 where none is named)."""
+    score, nfe = torch.tensor(score), torch.tensor(nfe)
+    reward = score * ((11 - nfe) / 10) ** (1 if alpha is None else alpha)
+    return Played([Results(reward, score, nfe, torch.arange(2), ["", ""])], alpha, 10, "multiplicative")
+
+
+def test_the_rule_and_the_decoding_are_chosen_on_validation_and_told_on_test():
+    validation = {
+        "policy(greedy)": played([1.0, 0.0], [1, 1]),  # 0.5
+        "policy(sampled)": played([1.0, 1.0], [3, 3]),  # 0.8
+        "slow(1)": played([1.0, 1.0], [6, 6]),  # 0.5
+        "fast(1)": played([1.0, 0.0], [2, 2]),  # 0.45
+    }
+    test = {
+        "policy(greedy)": played([1.0, 1.0], [1, 1]),
+        "policy(sampled)": played([1.0, 0.0], [3, 3]),
+        "slow(1)": played([1.0, 0.0], [6, 6]),  # 0.25
+        "fast(1)": played([1.0, 1.0], [2, 2]),
+    }
+    rows = evaluate_rows(test, validation)
+    assert [row["validation_reward"] for row in rows] == pytest.approx([0.5, 0.8, 0.5, 0.45])
+    assert [row["chosen"] for row in rows] == [False, True, True, False]
+    assert [row["best_rule"] for row in rows] == ["slow(1)", "slow(1)", None, None]
+    first, second, third = sentences(rows)
+    assert first == "decoding of the policy, chosen on validation: sampled"
+    assert second.startswith("policy(sampled): 0.500 at NFE 3.00; the best rule there (fast(1)): 1.000 (-50.0 points)")
+    assert third == "best rule by reward on validation: slow(1): reward 0.250; policy(sampled): 0.400"
+    unchosen = evaluate_rows(test)
+    assert {row["chosen"] for row in unchosen} == {None} and len(list(sentences(unchosen))) == 2
+    (rules_alone,) = sentences(evaluate_rows({"slow(1)": test["slow(1)"]}, {"slow(1)": validation["slow(1)"]}))
+    assert rules_alone == "best rule by reward on validation: slow(1): reward 0.250, 0.500 at NFE 6.00"
+
+
+def test_at_every_alpha_another_rule_may_be_best_though_each_is_decoded_once():
+    names = {alpha: f"policy(greedy, alpha={alpha})" for alpha in (1, 8)}
+    rules = {"slow(1)": played([1.0, 1.0], [6, 6], 3), "fast(1)": played([1.0, 0.0], [2, 2], 3)}
+    # at alpha 1: 0.5 and 0.45; at alpha 8: 0.5 ** 8 and 0.9 ** 8 / 2
+    both = {**{name: played([1.0, 1.0], [3, 3], alpha) for alpha, name in names.items()}, **rules}
+    rows = {row["name"]: row for row in evaluate_rows(both, both)}
+    assert [rows[name]["best_rule"] for name in names.values()] == ["slow(1)", "fast(1)"]
+    assert [rows[name]["best_rule_reward"] for name in names.values()] == pytest.approx([0.5, 0.9**8 / 2])
+    assert rows["fast(1)"]["chosen"] and not rows["slow(1)"]["chosen"]  # at their own alpha: 0.125 and 0.3645
+
+
+def test_the_picture_shows_a_policy_as_one_curve_beside_the_envelope_and_no_point_under_the_legend():
+    points = ((1, 5, 0.9), (9, 2, 0.5), (3, 3, 0.8))
+    curve = [row(f"policy(greedy, alpha={alpha})", nfe, accuracy) for alpha, nfe, accuracy in points]
+    figure = draw([*curve, row("policy(sampled)", 3.0, 0.7), *RULES], "title")
+    (axes,) = figure.axes
+    handles, labels = axes.get_legend_handles_labels()
+    drawn = dict(zip(labels, handles, strict=True))
+    assert set(labels) == {"policy(greedy), 3 alphas", "policy(sampled)", "all rules", "a", "b"}
+    assert drawn["policy(greedy), 3 alphas"].lines[0].get_xdata().tolist() == [2, 3, 5]
+    assert list(drawn["all rules"].get_xdata()) == [2.0, 4.0, 6.0, 6.0]
+    figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+    plt.close(figure)
