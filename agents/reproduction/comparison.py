@@ -111,7 +111,7 @@ def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 @dataclass
-class Row:
+class OverSeeds:
     """Runs that differ in their seed only.
 
     Attributes:
@@ -125,7 +125,7 @@ class Row:
     deviation: dict[str, float]
 
 
-def over_seeds(runs: Sequence[Run]) -> list[Row]:
+def over_seeds(runs: Sequence[Run]) -> list[OverSeeds]:
     """One row per configuration, more reward first where all were paid by the same reward.
 
     Raises:
@@ -150,23 +150,23 @@ def label(runs: Sequence[Run]) -> list[dict[str, str]]:
     return labels
 
 
-def summarise(runs: Sequence[Run], text: dict[str, str]) -> Row:
+def summarise(runs: Sequence[Run], text: dict[str, str]) -> OverSeeds:
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         twice = sorted(str(run.folder) for run in runs if seeds.count(run.seed) > 1)
         raise ValueError(f"the same configuration and seed twice: {', '.join(twice)}; name the runs one by one")
     columns = {name: [run.measured[name] for run in runs] for name in MEASURED}
     deviation = {name: float(np.std(c, ddof=1)) if len(c) > 1 else float("nan") for name, c in columns.items()}
-    return Row(text, len(seeds), {name: float(np.mean(c)) for name, c in columns.items()}, deviation)
+    return OverSeeds(text, len(seeds), {name: float(np.mean(c)) for name, c in columns.items()}, deviation)
 
 
-def as_numbers(row: Row) -> dict[str, Any]:
+def as_numbers(row: OverSeeds) -> dict[str, Any]:
     """A row for a file."""
     spread = {f"{name}_sd": row.deviation[name] for name in ("accuracy", "nfe", "reward")}
     return {**row.label, "seeds": row.seeds, **{f"mean_{n}": v for n, v in row.mean.items()}, **spread}
 
 
-def as_text(row: Row) -> dict[str, str]:
+def as_text(row: OverSeeds) -> dict[str, str]:
     """A row for people."""
 
     def spread(name: str, digits: int) -> str:
