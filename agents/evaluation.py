@@ -18,6 +18,8 @@ from agents.pictures import plot
 from agents.runs.files import noted, read
 
 if TYPE_CHECKING:  # who reads and draws results needs no torch
+    from torch import Tensor
+
     from agents.rollout import Decider, Results
     from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 
@@ -28,12 +30,12 @@ class Played:
 
     Attributes:
         results: one per seed, over the same examples. alpha: the one that they were paid by, if it was chosen.
-        length: L. reward_name: the reward that has alphas.
+        length: L, or int64 [E] with templates, as the reward knows it. reward_name: the reward that has alphas.
     """
 
     results: list[Results]
     alpha: float | None
-    length: int
+    length: int | Tensor
     reward_name: Any
 
     def reward(self, alpha: float | None) -> float:
@@ -60,11 +62,13 @@ def play(
 
     core = env.core
     middle = None if core.alpha_range is None else core.alpha_range.at(0.5)
+    length = core.source.lengths(examples)
+    length = length if isinstance(length, int) else length.to(env.device)
     played = {}
     for name, decider in deciders.items():
         alpha = getattr(decider, "alpha", None) or middle
         results = [evaluate(env, decider, examples, seed, alpha) for seed in seeds]
-        played[name] = Played(results, alpha, core.L, core.reward_name)
+        played[name] = Played(results, alpha, length, core.pay.name)
     return played
 
 

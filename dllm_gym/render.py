@@ -50,6 +50,7 @@ class Frame:
         step: steps taken so far, which is the NFE of the episode so far.
         score: the task's grade in [0, 1], once the episode has ended.
         reward: the episode's reward, once it has ended.
+        given: how many tokens were there from the start (a task's template).
 
     Raises:
         ValueError: the fields disagree about L.
@@ -64,6 +65,7 @@ class Frame:
     step: int
     score: float | None = None
     reward: float | None = None
+    given: int = 0
 
     def __post_init__(self) -> None:
         for name in ("masked", "confidence", "fresh", "legal"):
@@ -74,7 +76,7 @@ class Frame:
     @property
     def caption(self) -> str:
         """NFE and progress in words, with the result once there is one."""
-        length = len(self.tokens)
+        length = len(self.tokens) - self.given
         done = length - int(np.sum(self.masked))
         parts = [f"NFE {self.step}", f"{done}/{length} tokens"]
         if self.step:

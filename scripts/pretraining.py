@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
+import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
@@ -21,15 +24,15 @@ from dllm_gym.checks import number, text, whole
 from dllm_gym.checks import seed as check_seed
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.families.llada import REQUIRED, llada_weights, llama_config
-from dllm_gym.tasks.base import ProceduralTask
+from dllm_gym.process.starts import completion_of
+from dllm_gym.tasks.base import Example, ProceduralTask
 
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
-CHARACTERS = "\n #+-.0123456789;="
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     """One token per character."""
-    vocabulary = {token: i for i, token in enumerate([EOS, MASK, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([EOS, MASK, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -38,9 +41,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_dllm(architecture: DictConfig) -> tuple[LlamaForCausalLM, DLLM]:
+def build_dllm(architecture: DictConfig, characters: str) -> tuple[LlamaForCausalLM, DLLM]:
     """A fresh Llama to train, and the frozen dLLM's view of the same weights (same tensors)."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(characters)
     raw = {
         "architectures": ["LLaDAModelLM"],
         "model_type": "llada",
@@ -60,31 +63,67 @@ def build_dllm(architecture: DictConfig) -> tuple[LlamaForCausalLM, DLLM]:
     return model, dllm
 
 
-def random_masks(answer_length: Tensor, length: int, left_to_right: float) -> Tensor:
-    """Which completion positions to mask.
+class Batch(NamedTuple):
+    """Examples of a lesson with their solutions.
+
+    Attributes:
+        prompts: int64 [B, P]. completions: int64 [B, L] with their EOS tail. answer_length: int64 [B], without it.
+        blanks: bool [B, L], what is to be decoded; all of it where the task has no template.
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    answer_length: Tensor
+    blanks: Tensor
+
+
+def batch_of(task: ProceduralTask, examples: Sequence[Example], dllm: DLLM) -> Batch:
+    """These examples with their solutions.
+
+    Raises:
+        ValueError: a solution does not have what its template gives.
+    """
+    L = task.gen_length
+    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples], dtype=torch.int64)
+    answers = [dllm.encode(task.solution(e)) for e in examples]
+    completions = torch.tensor([answer + [dllm.eos_id] * (L - len(answer)) for answer in answers])
+    starts = torch.from_numpy(np.stack([completion_of(task, e, dllm, L) for e in examples]))
+    blanks = starts == dllm.mask_id
+    for row in (~(blanks | (starts == completions)).all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"task {task.name!r}: the solution {task.solution(examples[row])!r} does not have what the template "
+            f"{task.template(examples[row])!r} gives"
+        )
+    return Batch(prompts, completions, torch.tensor([len(answer) for answer in answers]), blanks)
+
+
+def random_masks(batch: Batch, left_to_right: float) -> Tensor:
+    """Which blanks to mask.
 
     Args:
-        answer_length: int64 [B], tokens before the EOS tail. length: L.
+        batch: its ``answer_length`` and ``blanks`` are read.
         left_to_right: share of rows that are clean left of a random cut, masked at random in a window of at most 12
-            behind it and fully masked after that; the others are masked at a uniform rate everywhere.
+            behind it and fully masked after that (counted in blanks); the others are masked at a uniform rate
+            everywhere.
 
     Returns:
-        bool [B, L], at least one position per row.
+        bool [B, L], blanks only, at least one position per row.
     """
-    B = len(answer_length)
+    B, length = batch.blanks.shape
     rate = ((torch.randperm(B) + torch.rand(B)) / B)[:, None]  # stratified over the batch
     uniform = torch.rand(B, length) < rate
-    position = torch.arange(length)
-    cut = (torch.rand(B) * (answer_length + 1)).long()[:, None]
+    place = batch.blanks.cumsum(1) - 1  # of a blank among the blanks
+    inside = (batch.blanks & (torch.arange(length) < batch.answer_length[:, None])).sum(1)
+    cut = (torch.rand(B) * (inside + 1)).long()[:, None]
     window = torch.randint(1, 13, (B, 1))
-    blockwise = (position >= cut) & (uniform | (position >= cut + window))
-    masks = torch.where(torch.rand(B, 1) < left_to_right, blockwise, uniform)
-    masks[:, 0] |= ~masks.any(1)
-    return masks
+    blockwise = (place >= cut) & (uniform | (place >= cut + window))
+    masks = torch.where(torch.rand(B, 1) < left_to_right, blockwise, uniform) & batch.blanks
+    first = (place == 0) & batch.blanks
+    return masks | (first & ~masks.any(1, keepdim=True))
 
 
-def sample_batch(lesson: DictConfig, task: ProceduralTask, dllm: DLLM, rng: random.Random, step: int) -> tuple:
-    """Prompts [B, P], completions [B, L] with their EOS tail, and answer lengths [B], from the training split."""
+def sample_batch(lesson: DictConfig, task: ProceduralTask, dllm: DLLM, rng: random.Random, step: int) -> Batch:
+    """Examples of the training split, no longer than the lesson's ramp allows at this step."""
     longest = task.max_operations if lesson.ramp else 0
     now = min(longest, 1 + longest * step // lesson.ramp) if lesson.ramp else 0
     examples = []
@@ -92,15 +131,12 @@ def sample_batch(lesson: DictConfig, task: ProceduralTask, dllm: DLLM, rng: rand
         example = task.draw(rng, "train")
         if not lesson.ramp or len(example["chain"]) // 2 <= now:
             examples.append(example)
-    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples])
-    answers = [dllm.encode(task.solution(e)) for e in examples]
-    tails = [a + [dllm.eos_id] * (task.gen_length - len(a)) for a in answers]
-    return prompts, torch.tensor(tails), torch.tensor([len(a) for a in answers])
+    return batch_of(task, examples, dllm)
 
 
-def denoising_loss(model: LlamaForCausalLM, dllm: DLLM, batch: tuple, masks: Tensor, eos_weight: float) -> Tensor:
+def denoising_loss(model: LlamaForCausalLM, dllm: DLLM, batch: Batch, masks: Tensor, eos_weight: float) -> Tensor:
     """Weighted cross-entropy over masked positions; a row with m of them counts as sqrt(m)."""
-    prompts, completions, _ = batch
+    prompts, completions = batch.prompts, batch.completions
     noisy = torch.cat([prompts, torch.where(masks, dllm.mask_id, completions)], 1)  # (B, P + L)
     hidden = model.model(noisy, use_cache=False).last_hidden_state[:, prompts.shape[1] :]
     loss = F.cross_entropy(model.lm_head(hidden[masks]), completions[masks], reduction="none")
@@ -110,21 +146,20 @@ def denoising_loss(model: LlamaForCausalLM, dllm: DLLM, batch: tuple, masks: Ten
 
 @torch.no_grad()
 def decode_score(task: ProceduralTask, dllm: DLLM, block_length: int, count: int) -> float:
-    """Mean grade on validation examples, one token per step, most confident first."""
+    """Mean grade on validation examples, one blank per step, most confident first."""
     examples = list(task.examples("validation").select(range(count)))
-    prompts = torch.tensor([dllm.encode(task.prompt(e)) for e in examples])
-    tokens = torch.cat([prompts, torch.full((count, task.gen_length), dllm.mask_id)], 1)  # (B, P + L)
-    row = torch.arange(count)
-    for step in range(task.gen_length):
-        start = prompts.shape[1] + step // block_length * block_length
-        rows = tokens == dllm.mask_id
-        rows[:, start + block_length :] = False
+    batch = batch_of(task, examples, dllm)
+    tokens = torch.cat([batch.prompts, batch.completions.where(~batch.blanks, dllm.mask_id)], 1)  # (B, P + L)
+    P, T = batch.prompts.shape[1], tokens.shape[1]
+    block = (torch.arange(T) - P) // block_length
+    while (mask := tokens == dllm.mask_id).any():
+        rows = mask & (block == torch.where(mask, block, T).amin(1, keepdim=True))
         prediction = dllm.predict(tokens, None, rows)
-        confidence = torch.zeros(tokens.shape).masked_scatter(rows, prediction.confidence)
+        confidence = torch.full(tokens.shape, -1.0).masked_scatter(rows, prediction.confidence)
         proposal = torch.zeros_like(tokens).masked_scatter(rows, prediction.token)
-        best = confidence.argmax(1)
-        tokens[row, best] = proposal[row, best]
-    texts = [dllm.decode(completion) for completion in tokens[:, prompts.shape[1] :].tolist()]
+        best = torch.arange(T) == confidence.argmax(1, keepdim=True)
+        tokens = torch.where(best & rows, proposal, tokens)
+    texts = [dllm.decode(completion) for completion in tokens[:, P:].tolist()]
     return sum(map(task.grade, examples, texts)) / count
 
 
@@ -182,7 +217,7 @@ def run_stage(cfg: DictConfig, index: int, model: LlamaForCausalLM, dllm: DLLM, 
     for step in track(range(before, before + stage.steps), f"stage {index + 1}/{len(cfg.stages)}"):
         for i, (lesson, task) in enumerate(curve.lessons):
             batch = sample_batch(lesson, task, dllm, rng, step)
-            masks = random_masks(batch[2], task.gen_length, lesson.left_to_right)
+            masks = random_masks(batch, lesson.left_to_right)
             loss = denoising_loss(model, dllm, batch, masks, cfg.eos_weight)
             loss.backward()
             curve.losses[i].append(loss.item())
@@ -207,6 +242,8 @@ def check_settings(cfg: DictConfig) -> None:
     number("max_grad_norm", cfg.max_grad_norm, above=0)
     if "://" in text("save_to", cfg.save_to):
         raise ValueError(f"save_to={cfg.save_to!r}: need a local folder")
+    if len(set(text("characters", cfg.characters))) < len(cfg.characters):
+        raise ValueError(f"characters={cfg.characters!r}: need each character once")
     for i, stage in enumerate(cfg.stages):
         whole(f"stages[{i}].steps", stage.steps)
         whole(f"stages[{i}].cooldown", stage.cooldown, least=0, most=stage.steps)
@@ -233,7 +270,7 @@ def pretrain(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     lessons = [(lesson, hydra.utils.instantiate(lesson.task)) for lesson in cfg.lessons]
-    model, dllm = build_dllm(cfg.architecture)
+    model, dllm = build_dllm(cfg.architecture, cfg.characters)
     curve = LearningCurve(Path(cfg.save_to).parent / "learning_curve.csv", cfg, lessons)
     for index in range(len(cfg.stages)):
         run_stage(cfg, index, model, dllm, curve)

@@ -82,7 +82,6 @@ def test_agents_know_neither_scripts_nor_hydra(path):
 LIMITS = {"lines of a function": 50, "lines of a class": 150, "arguments": 6}
 ALLOWED = {
     "dllm_gym/envs/single.py DLLMUnmaskEnv": "half of it is the environment's card, which Gymnasium's tools read there",
-    "dllm_gym/process/unmasking.py Unmasking": "the whole step of the process; its state is one set of tensors",
     "dllm_gym/deciders/policy.py Policy": "what huggingface_hub's mixin wants overridden, with its download arguments",
 }
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from dllm_gym.models import DLLM, load_dllm
-from dllm_gym.tasks import Task
+from dllm_gym.tasks import ProceduralTask, Task
 
 RIGHT, WRONG = "12", "21"
 
@@ -64,3 +64,37 @@ def act(core, action):
     """A step of the process: commit an action, and wait for what it did."""
     core.commit(action)
     return core.settle()
+
+
+class Sums(ProceduralTask):
+    """Fill the blanks of ``a+b=c;`` sums: nothing in the prompt, which ones are given is the template's matter.
+
+    Example fields: ``text`` (the solution), ``blanks`` (positions that are masked).
+    """
+
+    name = "sums"
+    gen_length = 24
+
+    def generate(self, rng):
+        sums = [(rng.randint(0, 4), rng.randint(0, 5)) for _ in range(rng.randint(1, 3))]
+        text = ";".join(f"{a}+{b}={a + b}" for a, b in sums)
+        return {"text": text, "blanks": sorted(rng.sample(range(len(text)), rng.randint(1, len(text) - 1)))}
+
+    def prompt(self, example):
+        return ""
+
+    def key(self, example):
+        return str(self.template(example))
+
+    def template(self, example):
+        pieces = []
+        for i, letter in enumerate(example["text"]):
+            pieces.append(1 if i in example["blanks"] else letter)
+        return pieces
+
+    def solution(self, example):
+        return example["text"]
+
+    def grade(self, example, completion):
+        pairs = zip(example["text"], completion, strict=False)
+        return sum(a == b for a, b in pairs) / len(example["text"])

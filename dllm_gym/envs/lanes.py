@@ -13,7 +13,8 @@ from gymnasium.vector import AutoresetMode
 from dllm_gym.envs.dealer import Dealer
 from dllm_gym.models.batches import upload
 from dllm_gym.process.config import EMPTY
-from dllm_gym.process.unmasking import Outcome, Unmasking
+from dllm_gym.process.grading import Outcome
+from dllm_gym.process.unmasking import Unmasking
 
 
 class Lanes:

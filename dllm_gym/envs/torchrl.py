@@ -16,7 +16,8 @@ from dllm_gym.envs.spaces import check_action
 from dllm_gym.models.batches import upload
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import BITS, Entry
-from dllm_gym.process.unmasking import Outcome, Unmasking
+from dllm_gym.process.grading import Outcome
+from dllm_gym.process.unmasking import Unmasking
 
 
 class DLLMUnmaskTorchRLEnv(EnvBase):

@@ -64,7 +64,7 @@ class Request:
         where: bool [b, L], positions to predict. count: int64 [b], how many they are.
         block: int64 [b], the active block.
         key: int64 [b], random streams for proposals at a temperature.
-        prompt: per row its prompt if it is all masks otherwise, else None.
+        start: per row its tokens (without padding) if nothing of it has been committed yet, else None.
     """
 
     lanes: np.ndarray
@@ -74,7 +74,7 @@ class Request:
     count: np.ndarray
     block: np.ndarray
     key: Tensor
-    prompt: Sequence[bytes | None]
+    start: Sequence[bytes | None]
 
     def pick(self, rows: np.ndarray) -> Request:
         """Some of the rows, in the order of their indices ``rows``."""
@@ -83,7 +83,7 @@ class Request:
         on_device = upload(rows, self.tokens.device)
         tensors = {name: getattr(self, name)[on_device] for name in ("tokens", "where", "key")}
         arrays = {name: getattr(self, name)[rows] for name in ("lanes", "length", "count", "block")}
-        return replace(self, **tensors, **arrays, prompt=[self.prompt[row] for row in rows])
+        return replace(self, **tensors, **arrays, start=[self.start[row] for row in rows])
 
 
 def positions(where: Tensor, count: int) -> Tensor:
@@ -234,6 +234,18 @@ class Predictions:
         optional = [] if self.hidden is None else [self.hidden]
         return [self.proposal, self.confidence, *self.measures.values(), *optional]
 
+    @property
+    def bytes_per_lane(self) -> int:
+        """What a lane takes on the device, the cache's part included."""
+        tensors = self.tensors() + ([] if self.drift is None else [self.drift.kl, self.drift.log_prob])
+        kept = sum(tensor.nbytes for tensor in tensors) // len(self.proposal)
+        return kept + (0 if self.cache is None else self.cache.bytes_per_lane)
+
+    def stay(self, lanes: np.ndarray) -> None:
+        """A step that changed no token of these lanes."""
+        if self.drift is not None:
+            self.drift.stay(upload(lanes, self.dllm.device))
+
     def forget(self, lanes: np.ndarray) -> None:
         """New episodes begin in these lanes."""
         if self.drift is not None:
@@ -249,13 +261,13 @@ class Predictions:
             return
         # Distributions are not kept for later, and at a temperature every row draws proposals of its own.
         repeatable = self.drift is None and self.sampling.temperature == 0
-        twins = self.first.recall(rows.prompt, rows.lanes) if repeatable else {}
+        twins = self.first.recall(rows.start, rows.lanes) if repeatable else {}
         self.work.reused += len(twins)
         needed = rows.pick(np.array([i for i in range(len(rows.lanes)) if i not in twins], np.int64))
         for batch in self.batching.split(needed.length):
             self._forward(needed.pick(batch))
         if repeatable:
-            self.first.remember(needed.prompt, needed.lanes)
+            self.first.remember(needed.start, needed.lanes)
             self.first.copy({int(rows.lanes[i]): int(rows.lanes[j]) for i, j in twins.items() if j is not None})
 
     # ---- one forward ----

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dllm_gym.checks import number
+from dllm_gym.noise import uniform
 
-Reward = Callable[[Tensor, Tensor, int], Tensor]
+ALPHA = 1 << 40  # the place in an episode's random stream from which its alpha is drawn; no step comes there
+
+Reward = Callable[[Tensor, Tensor, Any], Tensor]  # of score, steps T and L, which an episode counts as its blanks
 
 
 def _check_alpha(alpha: float | Tensor) -> None:
@@ -26,7 +31,8 @@ class Multiplicative:
     """score * ((L - min(T, L) + 1) / L) ** alpha, the main reward of *Learning Unmasking Policies*.
 
     A wrong answer earns nothing however fast; alpha = 0 is plain correctness. Called with the score float32 [n] in
-    [0, 1], the number of steps T int64 [n] (NFE) and L; returns float32 [n]. ``alpha`` may be float64 [n], too.
+    [0, 1], the number of steps T int64 [n] (NFE) and L; returns float32 [n]. ``alpha`` may be float64 [n], too, and L
+    int64 [n]: with templates it is the number of blanks that an episode began with.
 
     Raises:
         ValueError: alpha is negative or not finite.
@@ -37,7 +43,7 @@ class Multiplicative:
     def __post_init__(self):
         _check_alpha(self.alpha)
 
-    def __call__(self, score: Tensor, steps: Tensor, length: int) -> Tensor:
+    def __call__(self, score: Tensor, steps: Tensor, length: int | Tensor) -> Tensor:
         # float64: float32 powers differ in the last bit with the batch size, which would tell equal episodes apart
         speed = (length - steps.clamp_max(length) + 1).double() / length
         return (score * speed**self.alpha).float()
@@ -56,7 +62,7 @@ class Additive:
     def __post_init__(self):
         _check_alpha(self.alpha)
 
-    def __call__(self, score: Tensor, steps: Tensor, length: int) -> Tensor:
+    def __call__(self, score: Tensor, steps: Tensor, length: int | Tensor) -> Tensor:
         return (score - self.alpha * steps / length).float()
 
 
@@ -113,3 +119,36 @@ def make_reward(reward: str | Reward, alpha: float | Tensor) -> Reward:
     if not isinstance(reward, str) or reward not in REWARDS:
         raise ValueError(f"reward={reward!r} is not known: choose one of {', '.join(REWARDS)}, or pass a callable")
     return REWARDS[reward](alpha)
+
+
+class Pay:
+    """What episodes are paid: one reward for all, or each by an alpha of its own from a range.
+
+    Args:
+        reward: a name or a callable. alpha: a number, or the ends of a range.
+
+    Raises:
+        ValueError: as of :func:`make_reward` and :meth:`AlphaRange.of`.
+    """
+
+    def __init__(self, reward: str | Reward, alpha: Any):
+        self.range = AlphaRange.of(alpha)
+        self.name, self.reward = reward, make_reward(reward, alpha if self.range is None else self.range.low)
+
+    def alphas(self, keys: Sequence[int], wanted: Sequence[float | None] | None) -> Tensor:
+        """Float64 [n] of episodes with these random streams: those wanted, or (None) drawn; 0 without a range."""
+        if self.range is None:
+            return torch.zeros(len(keys), dtype=torch.float64)
+        drawn = self.range.at(uniform(torch.tensor(keys), ALPHA, 1)[:, 0].double())
+        chosen = [None] * len(keys) if wanted is None else wanted
+        given = [d if a is None else a for a, d in zip(chosen, drawn.tolist(), strict=True)]
+        return torch.tensor(given, dtype=torch.float64)
+
+    def preference(self, alpha: Tensor) -> Tensor:
+        """Float32 [n]: where in the range alphas [n] lie; 0 where there is none."""
+        return torch.zeros(len(alpha)) if self.range is None else self.range.preference(alpha).float()
+
+    def of(self, alpha: np.ndarray, score: np.ndarray, steps: np.ndarray, length: int | Tensor) -> np.ndarray:
+        """Float32 [n] for episodes with these alphas, scores, steps and L (one for all, or [n])."""
+        reward = self.reward if self.range is None else make_reward(self.name, torch.from_numpy(alpha))
+        return reward(torch.from_numpy(score), torch.from_numpy(steps), length).numpy()

@@ -45,6 +45,15 @@ class Task(ABC):
     def prompt(self, example: Example) -> str | Chat:
         """What the dLLM is shown before the masked completion: a text, or a conversation for its chat template."""
 
+    def template(self, example: Example) -> Sequence[str | int] | None:
+        """What the completion begins with, piece by piece: given texts, and numbers of blanks to fill.
+
+        A text is encoded without the chat template, and one that spells a special token stays text. What is left of the
+        L tokens behind the last piece is given, too: EOS. None: all L tokens are blanks. In ``["x=", 2, ";y=", 1]``
+        three tokens are decoded. The grader gets the whole completion, given texts included.
+        """
+        return None
+
     @abstractmethod
     def grade(self, example: Example, completion: str) -> float:
         """The score in [0, 1] of a decoded completion. Never raises, whatever the text.
@@ -63,7 +72,8 @@ class ProceduralTask(Task):
     A prompt belongs to exactly one split, by a checksum of its text: a tenth of all prompts to ``test``, a tenth to
     ``validation``, the rest to ``train``. For given settings of a task its splits are disjoint whatever the seeds and
     sizes, and whoever trains a dLLM on :meth:`draw` with ``split="train"`` has not seen a test prompt. (The checksum is
-    of the text, padding included: a chain of arithmetic changes its split with ``max_operations``.)
+    of the text, padding included: a chain of arithmetic changes its split with ``max_operations``.) Where prompts do
+    not tell examples apart, their :meth:`key` takes the place of the prompt in all of this.
 
     Args:
         seed: seed of the generator; other seeds give other examples of the same splits.
@@ -92,6 +102,10 @@ class ProceduralTask(Task):
     def solution(self, example: Example) -> str:
         """A completion that scores 1 (what a dLLM for this task is trained on)."""
 
+    def key(self, example: Example) -> str:
+        """What tells examples apart: the prompt, or what a task with a template says in its place."""
+        return self.prompt(example)
+
     def draw(self, rng: random.Random, split: str) -> dict[str, Any]:
         """One example of ``split`` (independent draws: examples may repeat).
 
@@ -101,7 +115,7 @@ class ProceduralTask(Task):
         self._require(split)
         for _ in range(ATTEMPTS):
             example = self.generate(rng)
-            if split_of(self.prompt(example)) == split:
+            if split_of(self.key(example)) == split:
                 return example
         raise ValueError(
             f"split={split!r}: none of {ATTEMPTS} prompts of task {self.name!r} falls into it; "
@@ -126,17 +140,17 @@ class ProceduralTask(Task):
         repeats = 0
         while len(unique) < self.sizes[split]:
             example = self.draw(rng, split)
-            repeats = repeats + 1 if self.prompt(example) in unique else 0
+            repeats = repeats + 1 if self.key(example) in unique else 0
             if repeats > ATTEMPTS:
                 raise ValueError(
                     f"sizes[{split!r}]={self.sizes[split]} is more than task {self.name!r} has distinct prompts "
                     f"(about {len(unique)}): ask for fewer"
                 )
-            unique.setdefault(self.prompt(example), example)
+            unique.setdefault(self.key(example), example)
         return Dataset.from_list(list(unique.values()))
 
 
-def split_of(prompt: str) -> str:
-    """The split that a prompt of a procedural task belongs to."""
-    bucket = zlib.crc32(prompt.encode()) % 10
+def split_of(key: str) -> str:
+    """The split that an example of a procedural task belongs to, by its key: its prompt as a rule."""
+    bucket = zlib.crc32(key.encode()) % 10
     return {0: "test", 1: "validation"}.get(bucket, "train")

@@ -116,6 +116,10 @@ class Mixture(Task):
         task, own = self.member(example)
         return task.prompt(own)
 
+    def template(self, example: Example) -> Sequence[str | int] | None:
+        task, own = self.member(example)
+        return task.template(own)
+
     def grade(self, example: Example, completion: str) -> float:
         task, own = self.member(example)
         return task.grade(own, completion)

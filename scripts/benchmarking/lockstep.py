@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,8 +99,9 @@ class Batch:
 
     def __init__(self, core: Unmasking, examples: Sequence[int], streams: Tensor):
         self.core, self.dllm, self.streams = core, core.dllm, streams
-        prompts = [self.dllm.encode(core.task.prompt(core.examples[i])) for i in examples]
-        self.tokens, self.attention_mask = left_padded(self.dllm, prompts, core.L)
+        starts = [core.source[i] for i in examples]
+        self.tokens, self.attention_mask = left_padded(self.dllm, [start.prompt.tolist() for start in starts], core.L)
+        self.tokens[:, -core.L :] = torch.tensor(np.stack([start.completion for start in starts]))
         self.completion = self.tokens[:, -core.L :]  # (B, L), a view
         self.steps = torch.zeros_like(streams)
         self.padding = 0 if self.attention_mask is None else int((~self.attention_mask).sum())

@@ -1,0 +1,153 @@
+"""The state of B lanes, and how it begins and moves: tokens on the device, and beside them what the host knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_gym.models import DLLM
+from dllm_gym.models.batches import download, upload
+from dllm_gym.noise import fold
+from dllm_gym.process.config import EMPTY
+from dllm_gym.process.predictions import Predictions, Request
+from dllm_gym.process.starts import Start
+
+
+class State:
+    """B rows of tokens, each on its way from blanks to an answer.
+
+    Args:
+        dllm: whose tokens. lanes: B. length: L. block_length: BL, which divides L.
+
+    Attributes:
+        tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
+        starts: what each lane's episode began with. example: int64 [B], index in the split; EMPTY: it has no episode.
+        steps: int64 [B], steps of the running episode (its NFE). key: int64 [B], its random stream.
+        fresh: bool [B, L], committed by the last step. certainty: float32 [B, L], the largest probability where an
+            action committed a proposal, when it did, 0 elsewhere; None where nobody asks for it.
+        running: bool [B], the episode goes on. stale: bool [B], tokens changed since they were predicted.
+        blanks: int64 [B], how many positions were masked at the start; masked: how many still are; unmaskable: how
+            many of them in the active block; first_mask: the position of the first one.
+    """
+
+    def __init__(self, dllm: DLLM, lanes: int, length: int, block_length: int, *, certainty: bool):
+        self.dllm, self.B, self.L, self.block_length = dllm, lanes, length, block_length
+        device = dllm.device
+        self.tokens = torch.full((lanes, length), dllm.eos_id, device=device)  # no mask: every lane starts empty
+        self.starts = [Start.of([], [dllm.eos_id] * length, dllm.mask_id)] * lanes
+        self.example = np.full(lanes, EMPTY)
+        self.running, self.stale = np.zeros((2, lanes), bool)
+        self.blanks, self.masked, self.unmaskable, self.first_mask = np.zeros((4, lanes), np.int64)
+        self.steps: Tensor = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.key = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.fresh = torch.zeros(lanes, length, dtype=torch.bool, device=device)
+        self.certainty: Tensor | None = torch.zeros(lanes, length, device=device) if certainty else None
+        self.position = torch.arange(length, device=device)
+        self.block = self.position // block_length
+        self.stop_ids = torch.tensor(sorted(dllm.stop_ids), device=device)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, L], positions not yet committed."""
+        return self.tokens[:, -self.L :] == self.dllm.mask_id
+
+    def legal(self, mask: Tensor) -> Tensor:
+        """bool [B, L], masked positions of each lane's active block, the first block that still has masks."""
+        active = torch.where(mask, self.block, self.L).amin(1, keepdim=True)  # (B, 1)
+        return mask & (self.block == active)
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """Each lane's prompt int64 [.]."""
+        return [start.prompt for start in self.starts]
+
+    def put(self, lanes: np.ndarray, examples: np.ndarray, starts: Sequence[Start], keys: Sequence[int]) -> None:
+        """Write the starts of episodes into lanes."""
+        self._widen(max(len(start.prompt) for start in starts))
+        rows = np.full((len(lanes), self.tokens.shape[1]), self.dllm.pad_id)  # (n, P + L)
+        for row, lane, start in zip(rows, lanes, starts, strict=True):
+            row[len(row) - self.L - len(start.prompt) :] = start.row
+            self.starts[lane] = start
+        where = upload(lanes, self.tokens.device)
+        self.tokens[where] = upload(rows, self.tokens.device)
+        self.key[where] = upload(np.array(keys, np.int64), self.tokens.device)
+        self.steps[where] = 0
+        self.fresh[where] = False
+        if self.certainty is not None:
+            self.certainty[where] = 0
+        self.example[lanes] = examples
+        self.running[lanes] = self.stale[lanes] = examples != EMPTY
+        masked = np.stack([start.blanks for start in starts])  # (n, L)
+        first = masked.argmax(1)
+        inside = np.arange(self.L) // self.block_length == first[:, None] // self.block_length
+        self.blanks[lanes] = self.masked[lanes] = masked.sum(1)
+        self.unmaskable[lanes] = (masked & inside).sum(1)
+        self.first_mask[lanes] = first
+
+    def _widen(self, prompt_length: int) -> None:
+        """Make room for a prompt longer than any before."""
+        missing = prompt_length + self.L - self.tokens.shape[1]
+        if missing > 0:
+            self.tokens = torch.nn.functional.pad(self.tokens, (missing, 0), value=self.dllm.pad_id)
+
+    def tensors(self) -> list[Tensor]:
+        """What is kept per lane on the device, [B, ...] each."""
+        optional = [] if self.certainty is None else [self.certainty]
+        return [self.tokens, self.steps, self.key, self.fresh, *optional]
+
+    def request(self, lanes: np.ndarray, lookahead: bool) -> Request:
+        """What to ask of the dLLM about some lanes: all their masked positions, or the legal ones only."""
+        index = upload(lanes, self.tokens.device)
+        tokens = self.tokens[index]
+        mask = tokens[:, -self.L :] == self.dllm.mask_id
+        untouched = self.masked == self.blanks
+        return Request(
+            lanes=lanes,
+            length=np.array([len(self.starts[lane].prompt) for lane in lanes]) + self.L,
+            tokens=tokens,
+            where=mask if lookahead else self.legal(mask),
+            count=(self.masked if lookahead else self.unmaskable)[lanes],
+            block=self.first_mask[lanes] // self.block_length,
+            key=fold(self.key[index], self.steps[index]),
+            start=[self.starts[lane].row.tobytes() if untouched[lane] else None for lane in lanes],
+        )
+
+    def move(self, action: Tensor, said: Predictions, stop_at_eos: bool) -> dict[str, np.ndarray]:
+        """Commit what was proposed at the chosen legal positions of running lanes, and count what is left.
+
+        Returns:
+            ``completion`` int64 [B, L], ``steps`` int64 [B], and int64 [B] that are 1 where so: ``changed``, a token
+            was committed; ``complete``, nothing is left to decode.
+        """
+        mask = self.mask
+        running = upload(self.running, mask.device)[:, None]
+        chosen = action.bool() & self.legal(mask) & running  # a lane that was truncated stays as it is
+        completion = torch.where(chosen, said.proposal, self.tokens[:, -self.L :])
+        self.tokens[:, -self.L :] = completion
+        self.steps += (mask & running).any(1)
+        self.fresh = chosen
+        if self.certainty is not None:
+            self.certainty = torch.where(chosen, said.confidence[..., 0], self.certainty)
+        left = completion == self.dllm.mask_id
+        first = torch.where(left, self.position, self.L).amin(1)
+        host = download(
+            completion=completion,
+            changed=chosen.any(1),
+            masked=left.sum(1),
+            unmaskable=self.legal(left).sum(1),
+            first_mask=first,
+            complete=self._complete(completion, first, stop_at_eos),
+            steps=self.steps,
+        )
+        self.masked, self.unmaskable, self.first_mask = host["masked"], host["unmaskable"], host["first_mask"]
+        return host
+
+    def _complete(self, completion: Tensor, first_mask: Tensor, stop_at_eos: bool) -> Tensor:
+        """bool [B]: nothing is masked, or (``stop_at_eos``) nothing before a token that ends the text."""
+        if not stop_at_eos:
+            return first_mask == self.L
+        stops = torch.isin(completion, self.stop_ids)
+        return first_mask > torch.where(stops, self.position, self.L - 1).amin(1)
