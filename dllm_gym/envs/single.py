@@ -81,11 +81,13 @@ class DLLMUnmaskEnv(gym.Env):
 
     ## Starting State
     All L positions masked, after the prompt of an example drawn from ``split`` with the environment's generator, or of
-    ``reset(options={"examples": i})``.
+    ``reset(options={"examples": i})``. Where the task has a template for the example, its blanks alone are masked: the
+    other positions are given, committed from the start.
 
     ## Rewards
     0 until the episode ends; then ``reward`` of the task's score in [0, 1], the number of steps T and L:
-    ``"multiplicative"`` score * ((L - min(T, L) + 1) / L) ** alpha, or ``"additive"`` score - alpha * T / L.
+    ``"multiplicative"`` score * ((L - min(T, L) + 1) / L) ** alpha, or ``"additive"`` score - alpha * T / L. With a
+    template L is the number of blanks here.
 
     ## Episode End
     Terminated when no mask is left; truncated after ``max_episode_steps`` steps (what stands then is graded).

@@ -30,7 +30,8 @@ class EnvConfig:
         block_length: BL, must divide L; only the first block with masks may be unmasked. L (full diffusion) by default.
         top_k: K, how many of the largest probabilities are observed per position.
         temperature: of the proposed tokens; 0 is greedy.
-        reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward.
+        reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward. Where examples
+            have templates, L is int64 [n]: how many blanks each episode began with.
         alpha: weight of speed in the reward, >= 0; or a range [low, high] with 0 < low. Then every episode has an alpha
             of its own (drawn log-uniformly, or chosen at reset), and observes where in the range it lies as its
             ``preference``.
