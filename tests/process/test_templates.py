@@ -12,6 +12,7 @@ from datasets import Dataset
 from test_families import FAMILIES
 from toys import Sums, act
 
+from agents.evaluation import play
 from agents.rollout import evaluate, play_groups
 from dllm_gym.deciders.distributions import ZeroTruncatedBernoulli
 from dllm_gym.deciders.networks import DiTConfidence
@@ -365,6 +366,17 @@ def test_groups_and_experts_play_templates():
     masked = episodes.batch["mask"][:, 0].sum(1).tolist()
     assert masked == [blanks[group] for group in episodes.group.tolist()] and len(masked) == 8
     assert (episodes.batch["action"] <= episodes.batch["action_mask"]).all()
+
+
+def test_an_evaluation_pays_blanks_at_every_alpha():
+    env = envs(4, alpha=[0.5, 4.0])
+    played = play(env, {"top": TopK(1)}, range(10), [0])["top"]
+    results = played.results[0]
+    blanks = torch.tensor([int(env.core.source[i].blanks.sum()) for i in range(10)])
+    assert torch.equal(results.nfe, blanks)
+    for alpha in (0.5, 4.0):
+        by_hand = results.score.double() * (1 / blanks).double() ** alpha  # as many steps as blanks
+        assert played.reward(alpha) == pytest.approx(by_hand.mean().item(), rel=1e-6)
 
 
 # ---- sudoku as UPO has it ----

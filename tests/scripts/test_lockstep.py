@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toys import Sums
 
 from agents.rollout import Decider, Results, evaluate
 from dllm_gym.deciders.distributions import MaskedBernoulli
@@ -39,7 +40,9 @@ DECIDERS = [Threshold(0.9), Threshold(0.5), TopK(2), bernoulli()]
 IDS = ["threshold .9", "threshold .5", "top-k", "bernoulli"]
 ARITHMETIC = {"task": "arithmetic", "gen_length": 24}
 IN_BLOCKS = {**ARITHMETIC, "block_length": 8}
+TEMPLATES = {"task": Sums(sizes={"train": 40, "validation": 40, "test": 40})}
 SETTINGS = [{"task": "sudoku"}, ARITHMETIC, IN_BLOCKS, {**IN_BLOCKS, "lookahead": False}]
+SETTINGS += [TEMPLATES, {**TEMPLATES, "block_length": 6}]
 
 
 def both(decider: Decider, examples: np.ndarray, batch: int = 5, **settings) -> tuple[Results, Decoded]:

@@ -361,6 +361,9 @@ pretrain_tiny stages=[{steps:0,cooldown:0}]              | stages[0].steps=0
 pretrain_tiny stages=[{steps:1}]                         | stages[0].cooldown is missing
 pretrain_tiny learning_rate=high                         | learning_rate='high'
 pretrain_tiny evaluate_every=0                           | evaluate_every=0
+pretrain_tiny characters=1231                            | characters
+pretrain_tiny 'characters="1231"'                        | characters='1231'
+pretrain_tiny characters=''                              | characters=''
 pretrain_tiny architecture.n_heads=0                     | architecture.n_heads=0
 pretrain_tiny architecture.n_heads=3                     | 3
 pretrain_tiny +architecture.depth=3                      | architecture.depth is read by nothing
