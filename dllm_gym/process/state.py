@@ -112,7 +112,7 @@ class State:
             count=(self.masked if lookahead else self.unmaskable)[lanes],
             block=self.first_mask[lanes] // self.block_length,
             key=fold(self.key[index], self.steps[index]),
-            start=[self.starts[lane].row.tobytes() if untouched[lane] else None for lane in lanes],
+            start=[self.starts[lane].row.astype(np.int32).tobytes() if untouched[lane] else None for lane in lanes],
         )
 
     def move(self, action: Tensor, said: Predictions, stop_at_eos: bool) -> dict[str, np.ndarray]:
