@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from functools import reduce
 from itertools import groupby, permutations
 from operator import and_
-from typing import Any
 
 from dllm_gym.checks import choice, flag, whole
 from dllm_gym.tasks.base import Example, ProceduralTask
@@ -79,7 +79,7 @@ class Sudoku(ProceduralTask):
         unique: only puzzles with exactly one answer; they have at least 4 givens, whatever ``min_givens`` is.
         score: ``"solved"``: 1 for a valid grid that keeps the givens, else 0; ``"cells"``: the share of blank cells
             that are as in the one answer (needs ``unique``).
-        settings: ``seed`` and ``sizes``, see :class:`~dllm_gym.tasks.base.ProceduralTask`.
+        seed, sizes: see :class:`~dllm_gym.tasks.base.ProceduralTask`.
 
     Raises:
         ValueError: a setting is wrong, or leaves no puzzle.
@@ -92,13 +92,14 @@ class Sudoku(ProceduralTask):
         self,
         min_givens: int = 0,
         max_givens: int = 12,
+        seed: int = 0,
+        sizes: Mapping[str, int] | None = None,
         *,
         template: bool = False,
         unique: bool = False,
         score: str = "solved",
-        **settings: Any,
     ):
-        super().__init__(**settings)
+        super().__init__(seed, sizes)
         if not 0 <= whole("min_givens", min_givens, least=0) <= whole("max_givens", max_givens, least=0) <= 16:
             raise ValueError(
                 f"min_givens={min_givens}, max_givens={max_givens}: need 0 <= min_givens <= max_givens <= 16"
