@@ -63,9 +63,10 @@ def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
 
 
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
-    """The policy network of a configuration; ``hidden_size: null`` is the dLLM's own width."""
-    if "hidden_size" in cfg.policy and cfg.policy.hidden_size is None:
-        cfg.policy.hidden_size = make_dllm(cfg, device).hidden_size
+    """The policy network of a configuration; ``hidden_size: null`` and ``vocab_size: null`` are the dLLM's own."""
+    for size in ("hidden_size", "vocab_size"):
+        if size in cfg.policy and cfg.policy[size] is None:
+            cfg.policy[size] = getattr(make_dllm(cfg, device), size)
     return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
 
 

@@ -14,6 +14,7 @@ from dllm_gym.checks import flag, number, whole
 from dllm_gym.deciders.policy import Policy, smart_head
 from dllm_gym.deciders.rules.base import joint_confidence
 
+_LEAST = 1e-9  # running products below it are alike
 _DOUBT = 1e-3  # log-odds see no more certainty than this: they end at +-6.9
 
 
@@ -47,8 +48,15 @@ class DiTConfidence(Policy):
         odds: weight, >= 0, with which the log-odds of the largest confidence are added to the logits. The policy then
             begins as a soft confidence threshold and learns what to change about it; at 0 (LUP) it begins blind, and
             first has to learn that confidence matters.
+        bound: weight, >= 0, with which the logarithm of the running product of confidences, the position's own
+            included, is added to the logits. The policy then begins as a soft :class:`~dllm_gym.deciders.rules.Joint`,
+            whose p is exp(-output_bias / bound).
         haste: weight, >= 0, with which the preference (0: quality, 1: speed) is added to the logits; needs
-            ``preference``. The knob then moves the speed from the start, and with ``odds`` it moves the threshold.
+            ``preference``. The knob then moves the speed from the start, and with ``odds`` it moves the threshold, with
+            ``bound`` the p.
+        vocab_size: V, to read the tokens as well (an embedding each): what is committed, and what would be. They carry
+            the structure that confidences lack, such as which sum a digit belongs to. 0: not read.
+        blocks: how many DiT blocks; LUP has one.
         candidates: see ``Policy``.
 
     Raises:
@@ -68,53 +76,73 @@ class DiTConfidence(Policy):
         preference: bool = False,
         joint: bool = False,
         odds: float = 0.0,
+        bound: float = 0.0,
         haste: float = 0.0,
+        vocab_size: int = 0,
+        blocks: int = 1,
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
-        _check_counts(ffn=ffn, top_k=top_k)
+        _check_counts(ffn=ffn, top_k=top_k, blocks=blocks)
+        whole("vocab_size", vocab_size, least=0)
         number("time_period", time_period, above=0)
-        for name, weight in (("odds", odds), ("haste", haste)):
+        for name, weight in (("odds", odds), ("bound", bound), ("haste", haste)):
             number(name, weight, least=0)
         switches = {"absolute_positions": absolute_positions, "preference": preference, "joint": joint}
         for name, switch in switches.items():
             flag(name, switch)
         if haste and not preference:
             raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
-        self.reads = (*type(self).reads, *["action_mask"] * joint, *["preference"] * preference)
-        super().__init__(candidates=candidates, top_k=top_k)
-        self.time_period, self.joint, self.odds, self.haste = time_period, joint, odds, haste
+        more = {"action_mask": joint or bound > 0, "tokens": vocab_size > 0, "preference": preference}
+        self.reads = (*type(self).reads, *[name for name, wanted in more.items() if wanted])
+        super().__init__(candidates=candidates, top_k=top_k, vocab_size=vocab_size)
+        self.time_period, self.joint, self.odds, self.bound, self.haste = time_period, joint, odds, bound, haste
         self.input = nn.Linear(top_k + joint + preference, width)
         self.mask_embedding = nn.Embedding(2, width)
         self.time_mlp = _time_mlp(width)
         self.preference_mlp = _time_mlp(width) if preference else None
         self.place = nn.Linear(width, width) if absolute_positions else None
+        self.token_embedding = nn.Embedding(vocab_size, width) if vocab_size else None
         self.block = DiTBlock(width, ffn, heads)
+        self.deeper = nn.ModuleList(DiTBlock(width, ffn, heads) for _ in range(blocks - 1))
         self.final_norm = nn.LayerNorm(width)
         self.head = smart_head(width, output_bias)
 
-    def trunk(self, confidence: Tensor, mask: Tensor, time: Tensor, *more: Tensor) -> Tensor:
-        dtype = self.head.weight.dtype
-        seen = [confidence[..., : self.top_k]]
-        if self.joint:
-            seen.append(joint_confidence(confidence[..., 0], more[0] != 0)[..., None])
+    def trunk(self, *rows: Tensor) -> Tensor:
+        seen = dict(zip(self.reads, rows, strict=True))
+        x, masked = self._embed(seen), seen["mask"][..., None] != 0  # (B, L, d), (B, L, 1)
+        time = sinusoid(seen["time"], x.shape[-1], self.time_period)
+        condition = _condition(self.time_mlp, self.mask_embedding, time)
         if self.preference_mlp is not None:
-            seen.append(more[-1][:, None].expand(*mask.shape, 1))
-        x = self.input(torch.cat(seen, dim=-1).to(dtype))  # (B, L, d)
+            wish = sinusoid(seen["preference"], x.shape[-1], self.time_period).to(x.dtype)
+            condition = condition + self.preference_mlp(wish)[:, None]
+        for block in (self.block, *self.deeper):
+            x = block(x, condition, masked)
+        return self.final_norm(x)
+
+    def _embed(self, seen: Mapping[str, Tensor]) -> Tensor:
+        """What stands at each position, [B, L, d]."""
+        confidence = seen["confidence"]
+        numbers = [confidence[..., : self.top_k]]
+        if self.joint:
+            numbers.append(joint_confidence(confidence[..., 0], seen["action_mask"] != 0)[..., None])
+        if self.preference_mlp is not None:
+            numbers.append(seen["preference"][:, None].expand(*confidence.shape[:-1], 1))
+        x = self.input(torch.cat(numbers, dim=-1).to(self.head.weight.dtype))
         if self.place is not None:
             position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
-            x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(dtype))
-        condition = _condition(self.time_mlp, self.mask_embedding, sinusoid(time, x.shape[-1], self.time_period))
-        if self.preference_mlp is not None:
-            wish = sinusoid(more[-1], x.shape[-1], self.time_period).to(dtype)
-            condition = condition + self.preference_mlp(wish)[:, None]
-        return self.final_norm(self.block(x, condition, mask[..., None] != 0))
+            x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(x.dtype))
+        return x if self.token_embedding is None else x + self.token_embedding(seen["tokens"])
 
     def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
         start: Tensor | float = 0.0
         if self.odds:
             confidence = seen["confidence"][..., 0].float()  # (.., L)
             start = self.odds * confidence.clamp(_DOUBT, 1 - _DOUBT).logit()
+        if self.bound:
+            confidence, legal = seen["confidence"][..., 0].float(), seen["action_mask"] != 0
+            product = confidence * joint_confidence(confidence, legal)  # 0 where nothing may be unmasked
+            start = start + self.bound * product.clamp_min(_LEAST).log()
         return start + self.haste * seen["preference"].float() if self.haste else start
 
 

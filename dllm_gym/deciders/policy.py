@@ -19,7 +19,16 @@ from dllm_gym.checks import number, whole
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Settings younger than some stored policies, with what those meant.
-_ADDED = {"candidates": None, "preference": False, "joint": False, "odds": 0.0, "haste": 0.0}
+_ADDED = {
+    "candidates": None,
+    "preference": False,
+    "joint": False,
+    "odds": 0.0,
+    "bound": 0.0,
+    "haste": 0.0,
+    "vocab_size": 0,
+    "blocks": 1,
+}
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 _CARD = """---
 {{ card_data }}
@@ -56,6 +65,7 @@ class Policy(
         candidates: see above.
         top_k: confidences per position that it reads; 1 by default, if it reads any.
         hidden_size: width of the hidden states that it reads; 0: none.
+        vocab_size: of the tokens that it reads; 0: none.
         settings: a family may hand on its other arguments, as it had to once.
 
     Attributes:
@@ -80,7 +90,13 @@ class Policy(
         return policy
 
     def __init__(
-        self, *, candidates: int | None = None, top_k: int | None = None, hidden_size: int = 0, **settings: Any
+        self,
+        *,
+        candidates: int | None = None,
+        top_k: int | None = None,
+        hidden_size: int = 0,
+        vocab_size: int = 0,
+        **settings: Any,
     ):
         super().__init__()
         self.candidates = candidates
@@ -89,7 +105,7 @@ class Policy(
         extra = () if candidates is None else ("confidence", "action_mask")
         self.in_keys = tuple(dict.fromkeys((*self.reads, *extra)))
         self.top_k = int("confidence" in self.in_keys) if top_k is None else top_k
-        self.hidden_size = hidden_size
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
 
     @property
     def width(self) -> int:
@@ -98,7 +114,7 @@ class Policy(
     @property
     def requires(self) -> dict[str, int]:
         """Settings of the environment that the observation needs, as the least value of each."""
-        needs = {"top_k": self.top_k, "hidden": int(self.hidden_size > 0)}
+        needs = {"top_k": self.top_k, "hidden": int(self.hidden_size > 0), "tokens": int(self.vocab_size > 0)}
         return {name: least for name, least in needs.items() if least}
 
     def read(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -110,7 +126,7 @@ class Policy(
         present = observation.keys()  # a TensorDict knows no `in`
         missing = [key for key in self.in_keys if key not in present]
         if missing:
-            settings = {"hidden": "hidden=True", "preference": "alpha=[low, high]"}
+            settings = {"hidden": "hidden=True", "tokens": "tokens=True", "preference": "alpha=[low, high]"}
             needed = [settings[key] for key in missing if key in settings]
             how = f": build the environment with {' and '.join(needed)}" if needed else ""
             raise ValueError(f"{type(self).__name__} reads {', '.join(missing)}, which the observation lacks{how}")

@@ -60,12 +60,15 @@ class DLLMUnmaskEnv(gym.Env):
       bytes per lane.
     - ``committed`` float32 [L] (``committed=True``): the largest probability at the time when the position was
       committed; masked positions, and those that no action committed, read 0.
+    - ``tokens`` int64 [L] (``tokens=True``): the tokens of the completion, at masked positions those that would be
+      committed now.
     - ``hidden`` float32 [L, d] (``hidden=True``): the dLLM's last hidden states.
     - ``preference`` float32 [1] (``alpha=[low, high]``): where in the range the episode's alpha lies, on a logarithmic
       scale: 0 is low (quality counts), 1 is high (speed counts). Every episode draws its own, unless
       ``reset(options={"alpha": ...})`` chooses it.
 
-    With ``lookahead=False`` masked positions that may not be unmasked now read 0 in all of these but ``hidden``.
+    With ``lookahead=False`` masked positions that may not be unmasked now read 0 in all of these but ``hidden``,
+    and the mask in ``tokens``.
 
     ``confidence``, ``entropy``, ``margin`` and ``kl`` describe the untempered distribution, in which tokens that are
     never proposed (the mask, padding) have no probability; they are computed in float32.

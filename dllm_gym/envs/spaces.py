@@ -22,7 +22,9 @@ def observation_space(core: Unmasking) -> Dict:
 def space(entry: Entry, core: Unmasking) -> gym.Space:
     """The space of one lane's entry."""
     shape = entry.size(core)
-    return MultiBinary(shape[0]) if entry.dtype is BITS else Box(entry.low, entry.most(core), shape, np.float32)
+    if entry.dtype is BITS:
+        return MultiBinary(shape[0])
+    return Box(entry.low, entry.most(core), shape, np.int64 if entry.dtype is torch.int64 else np.float32)
 
 
 def check_action(action: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:

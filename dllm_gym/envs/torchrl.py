@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from dllm_gym.envs.dealer import Dealer
@@ -66,6 +66,8 @@ class DLLMUnmaskTorchRLEnv(EnvBase):
         shape, most = (self.core.B, *entry.size(self.core)), entry.most(self.core)
         if entry.dtype is BITS:
             return Binary(shape[-1], shape=shape, dtype=BITS, device=self.device)
+        if entry.dtype is torch.int64:
+            return Categorical(int(most) + 1, shape=shape, dtype=torch.int64, device=self.device)
         if math.isinf(most):
             return Unbounded(shape=shape, dtype=torch.float32, device=self.device)
         return Bounded(entry.low, most, shape=shape, dtype=torch.float32, device=self.device)

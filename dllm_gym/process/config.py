@@ -48,6 +48,7 @@ class EnvConfig:
         entropy: observe the entropy of the dLLM's distributions, too.
         margin: observe how far the best token leads the second best, too.
         committed: observe with which confidence each position was committed, too.
+        tokens: observe the tokens, too: those committed, and at masked positions those that would be.
         kl: H, how many of the last steps to observe by how much they moved the dLLM's distributions; 0 is none. It
             keeps a distribution per position: num_envs * L * V * 4 bytes on the device (V: the vocabulary).
         device, dtype: of the dLLM (CPU and float32 by default); observations live on the same device, confidences are
@@ -75,6 +76,7 @@ class EnvConfig:
     entropy: bool = False
     margin: bool = False
     committed: bool = False
+    tokens: bool = False
     kl: int = 0
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None

@@ -35,6 +35,13 @@ class Moment:
     def said(self) -> Predictions:
         return self.core.predictions
 
+    def tokens(self) -> Tensor | None:
+        """int64 [B, L]: what is committed or would be; masks where nothing was predicted. None: not asked for."""
+        if not self.core.shows_tokens:
+            return None
+        seen = self.mask if self.core.lookahead else self.legal
+        return torch.where(seen, self.said.proposal, self.core.tokens[:, -self.core.L :])
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -48,7 +55,7 @@ class Entry:
         committed: what a committed position reads (in its first channel, if it has several: the others read 0); None:
             the value is shown as it is.
         setting: of the environment: switches the entry on, or says how much of it is seen. None: always the same.
-        dtype: int8 for bits, else float32.
+        dtype: int8 for bits, int64 for tokens, else float32.
     """
 
     name: str
@@ -116,6 +123,14 @@ ENTRIES = (
         setting="alpha",
     ),
     Entry("committed", ("L",), lambda now: now.core.certainty, setting="committed"),
+    Entry(
+        "tokens",
+        ("L",),
+        lambda now: now.tokens(),
+        high=lambda core: core.dllm.vocab_size - 1,
+        setting="tokens",
+        dtype=torch.int64,
+    ),
     Entry("hidden", ("L", "d"), lambda now: now.said.hidden, math.inf, -math.inf, setting="hidden"),
 )
 

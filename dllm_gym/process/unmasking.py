@@ -75,6 +75,7 @@ class Unmasking(State):
             raise ValueError(f"block_length={block_length} does not divide gen_length={L}")
         self.max_steps: int = config.max_episode_steps or L
         asked = {each.name: getattr(config, each.name) for each in fields(Sampling) if each.name in FLAGS}
+        self.shows_tokens = config.tokens
         self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0)
         dllm = load_dllm(config.model, config.device, config.dtype)
         if config.top_k > dllm.vocab_size:
