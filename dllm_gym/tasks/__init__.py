@@ -9,9 +9,11 @@ from dllm_gym.tasks.base import Example, ProceduralTask, Task
 from dllm_gym.tasks.code import MBPP, CodeTask, HumanEval, KodCode
 from dllm_gym.tasks.countdown import Countdown
 from dllm_gym.tasks.dataset import DatasetTask, PromptStyle, Source
+from dllm_gym.tasks.equations import Equations
 from dllm_gym.tasks.gsm8k import GSM8K
 from dllm_gym.tasks.math import Math
 from dllm_gym.tasks.mixture import Mixture
+from dllm_gym.tasks.one_way import OneWay
 from dllm_gym.tasks.reasoning import ReasoningGym
 from dllm_gym.tasks.sudoku import Sudoku
 from dllm_gym.tasks.sudoku_file import SudokuFile
@@ -25,6 +27,8 @@ def gsm8k_math() -> Mixture:
 TASKS: dict[str, Callable[..., Task]] = {
     "sudoku": Sudoku,
     "arithmetic": Arithmetic,
+    "equations": Equations,
+    "one_way": OneWay,
     "gsm8k": GSM8K,
     "math": Math,
     "gsm8k_math": gsm8k_math,
@@ -82,6 +86,7 @@ __all__ = [
     "CodeTask",
     "Countdown",
     "DatasetTask",
+    "Equations",
     "Example",
     "GSM8K",
     "HumanEval",
@@ -89,6 +94,7 @@ __all__ = [
     "MBPP",
     "Math",
     "Mixture",
+    "OneWay",
     "ProceduralTask",
     "PromptStyle",
     "ReasoningGym",
