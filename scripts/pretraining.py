@@ -69,12 +69,14 @@ class Batch(NamedTuple):
     Attributes:
         prompts: int64 [B, P]. completions: int64 [B, L] with their EOS tail. answer_length: int64 [B], without it.
         blanks: bool [B, L], what is to be decoded; all of it where the task has no template.
+        follows: bool [B, L, L], [b, i, j]: position i is worked out from position j (one token per character).
     """
 
     prompts: Tensor
     completions: Tensor
     answer_length: Tensor
     blanks: Tensor
+    follows: Tensor
 
 
 def batch_of(task: ProceduralTask, examples: Sequence[Example], dllm: DLLM) -> Batch:
@@ -94,7 +96,11 @@ def batch_of(task: ProceduralTask, examples: Sequence[Example], dllm: DLLM) -> B
             f"task {task.name!r}: the solution {task.solution(examples[row])!r} does not have what the template "
             f"{task.template(examples[row])!r} gives"
         )
-    return Batch(prompts, completions, torch.tensor([len(answer) for answer in answers]), blanks)
+    follows = torch.zeros(len(examples), L, L, dtype=torch.bool)
+    for row, example in zip(follows, examples, strict=True):
+        for effect, causes in task.causes(example).items():
+            row[effect, causes] = True
+    return Batch(prompts, completions, torch.tensor([len(answer) for answer in answers]), blanks, follows)
 
 
 def random_masks(batch: Batch, left_to_right: float) -> Tensor:
@@ -120,6 +126,12 @@ def random_masks(batch: Batch, left_to_right: float) -> Tensor:
     masks = torch.where(torch.rand(B, 1) < left_to_right, blockwise, uniform) & batch.blanks
     first = (place == 0) & batch.blanks
     return masks | (first & ~masks.any(1, keepdim=True))
+
+
+def causes_first(batch: Batch, masks: Tensor, share: float) -> Tensor:
+    """The masks bool [B, L], in a share of rows with every blank masked that is worked out from a masked position."""
+    unknown = (batch.follows & masks[:, None]).any(2) & batch.blanks
+    return masks | (unknown & (torch.rand(len(masks), 1) < share)) if batch.follows.any() else masks
 
 
 def sample_batch(lesson: DictConfig, task: ProceduralTask, dllm: DLLM, rng: random.Random, step: int) -> Batch:
@@ -218,6 +230,7 @@ def run_stage(cfg: DictConfig, index: int, model: LlamaForCausalLM, dllm: DLLM, 
         for i, (lesson, task) in enumerate(curve.lessons):
             batch = sample_batch(lesson, task, dllm, rng, step)
             masks = random_masks(batch, lesson.left_to_right)
+            masks = causes_first(batch, masks, lesson.get("causes_first", 0.0))
             loss = denoising_loss(model, dllm, batch, masks, cfg.eos_weight)
             loss.backward()
             curve.losses[i].append(loss.item())
@@ -261,6 +274,7 @@ def check_lesson(path: str, lesson: DictConfig) -> None:
     for name in ("batch_size", "block_length"):
         whole(f"{path}.{name}", lesson[name])
     number(f"{path}.left_to_right", lesson.left_to_right, least=0, most=1)
+    number(f"{path}.causes_first", lesson.get("causes_first", 0.0), least=0, most=1)
     whole(f"{path}.ramp", lesson.ramp, least=0)
 
 

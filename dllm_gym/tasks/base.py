@@ -102,6 +102,13 @@ class ProceduralTask(Task):
     def solution(self, example: Example) -> str:
         """A completion that scores 1 (what a dLLM for this task is trained on)."""
 
+    def causes(self, example: Example) -> dict[int, list[int]]:
+        """Of characters of the solution (by place) those that they are worked out from; {}: there is no such order.
+
+        A dLLM that is trained with ``causes_first`` is never shown the former while it does not know the latter.
+        """
+        return {}
+
     def key(self, example: Example) -> str:
         """What tells examples apart: the prompt, or what a task with a template says in its place."""
         return self.prompt(example)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from dllm_gym.checks import whole
+from dllm_gym.checks import number, whole
 from dllm_gym.tasks.base import Example, ProceduralTask
 
 BLANK = "."
@@ -62,8 +62,15 @@ class Equations(ProceduralTask):
         sizes: Mapping[str, int] | None = None,
     ):
         super().__init__(seed, sizes)
-        self.min_equations, self.max_equations = min_equations, max_equations
-        self.operations, self.two_digits, self.most_shown = operations, two_digits, most_shown
+        if not 1 <= whole("min_equations", min_equations) <= whole("max_equations", max_equations):
+            raise ValueError(
+                f"min_equations={min_equations}, max_equations={max_equations}: need min_equations <= max_equations"
+            )
+        if not isinstance(operations, str) or not operations or set(operations) - set(OPERATIONS):
+            raise ValueError(f"operations={operations!r}: need some of {''.join(OPERATIONS)}")
+        self.min_equations, self.max_equations, self.operations = min_equations, max_equations, operations
+        self.two_digits = number("two_digits", two_digits, least=0, most=1)
+        self.most_shown = number("most_shown", most_shown, least=0, most=1)
 
     def generate(self, rng: random.Random) -> dict[str, str]:
         wanted = rng.randint(self.min_equations, self.max_equations)

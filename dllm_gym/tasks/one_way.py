@@ -26,7 +26,7 @@ class OneWay(ProceduralTask):
     """Fill the blanks of equations whose result stands left or right, ``.*.=..;.=1+.;``; all have to hold.
 
     Results are never shown. Whoever fills the operands first can compute them; whoever begins with a result has to find
-    operands for it, which a dLLM that only ever saw causes before effects (the ``causes_first`` of its training) cannot.
+    operands for it, which a dLLM cannot that only ever saw causes before effects (``causes_first`` in its training).
     Confidence does not say what comes first: a product's first digit is surer than its factors, a sum's operands are
     surer than the sum, so neither the most nor the least confident position is the right one; nor is the leftmost.
     What it stands for in real text: an answer and the working it follows from, whichever is written first.
@@ -88,7 +88,8 @@ class OneWay(ProceduralTask):
 
     def causes(self, example: Example) -> dict[int, list[int]]:
         """Of every digit of a result the places of the operands it follows from."""
-        causes, start = {}, 0
+        causes: dict[int, list[int]] = {}
+        start = 0
         for equation in example["answer"].split(";")[:-1]:
             sign = max(map(equation.find, OPERANDS))
             operands = [start + sign - 1, start + sign + 1]
@@ -105,4 +106,4 @@ class OneWay(ProceduralTask):
 
 def _holds(equation: str) -> bool:
     found = _EQUATION.fullmatch(equation)
-    return bool(found) and (found[1] or found[5]) == result(int(found[2]), found[3], int(found[4]))
+    return found is not None and (found[1] or found[5]) == result(int(found[2]), found[3], int(found[4]))

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from dllm_gym.deciders.distributions import BernoulliArgmax, MaskedBernoulli, ZeroTruncatedBernoulli
 from dllm_gym.deciders.networks import DiTConfidence, joint_confidence, rotate, sinusoid
 from dllm_gym.deciders.player import PolicyDecider, make_actor
+from dllm_gym.deciders.rules import Joint
 
 
 def observation(*lead, length=9, k=2):
@@ -61,6 +62,32 @@ def test_with_odds_a_policy_starts_as_a_soft_threshold():
     torch.testing.assert_close((call(started, obs) - call(blind, obs))[0], expected, atol=1e-4, rtol=0)
     call(started, obs).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in started.parameters() if p.grad is not None)
+
+
+def test_with_bound_a_policy_starts_as_the_joint_rule():
+    obs = observation(64, length=12)
+    p = 0.3
+    policy = small(trained=False, bound=5.0, output_bias=-5.0 * math.log(p))
+    torch.nn.init.zeros_(policy.head.weight)
+    rule = Joint(p)(obs, torch.rand(64, 12)) == 1
+    chosen = (call(policy, obs) >= 0) & (obs["action_mask"] == 1)
+    some = chosen.any(1)
+    assert torch.equal(chosen[some], rule[some]) and 10 < some.sum() < 64
+    assert (rule[~some].sum(1) <= 1).all()  # the rule's fallback; a distribution has its own
+
+
+def test_tokens_and_deeper_blocks_matter_once_trained():
+    obs = observation(3, length=6) | {"tokens": torch.randint(0, 9, (3, 6))}
+    policy = small(vocab_size=9, blocks=2)
+    assert policy.requires == {"top_k": 1, "tokens": 1} and len(policy.deeper) == 1
+    assert not torch.allclose(call(policy, obs), call(policy, obs | {"tokens": obs["tokens"].roll(1, 1)}))
+    with pytest.raises(ValueError, match="tokens=True"):
+        policy.read({key: value for key, value in obs.items() if key != "tokens"})
+    torch.nn.init.zeros_(policy.deeper[0].modulation[1].weight)
+    torch.nn.init.zeros_(policy.deeper[0].modulation[1].bias)  # both gates closed
+    alone = small(vocab_size=9)
+    alone.load_state_dict({k: v for k, v in policy.state_dict().items() if not k.startswith("deeper")})
+    torch.testing.assert_close(call(policy, obs), call(alone, obs))
 
 
 def test_with_haste_the_preference_moves_the_threshold_from_the_start():
@@ -137,7 +164,17 @@ def test_reads_the_first_top_k_confidences_and_refuses_fewer():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"width": 30}, {"heads": 0}, {"top_k": 0}, {"time_period": 0.0}, {"odds": -1}, {"haste": -1}]
+    "settings",
+    [
+        {"width": 30},
+        {"heads": 0},
+        {"top_k": 0},
+        {"time_period": 0.0},
+        {"odds": -1},
+        {"bound": -1},
+        {"haste": -1},
+        {"blocks": 0},
+    ],
 )
 def test_invalid_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

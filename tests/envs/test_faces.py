@@ -336,7 +336,15 @@ def test_three_faces_tell_the_same_story(settings):
 def test_every_part_of_the_torchrl_specs_is_made_on_the_dllms_device(monkeypatch):
     from dllm_gym.envs import torchrl as torchrl_env
 
-    settings = {"num_envs": 2, "kl": 2, "entropy": True, "margin": True, "hidden": True, "alpha": [0.3, 3]}
+    settings = {
+        "num_envs": 2,
+        "kl": 2,
+        "tokens": True,
+        "entropy": True,
+        "margin": True,
+        "hidden": True,
+        "alpha": [0.3, 3],
+    }
     there = torchrl_env.DLLMUnmaskTorchRLEnv(**settings)
     monkeypatch.setattr(torchrl_env, "Unmasking", lambda *_: there.core)
     with torch.device("meta"):  # what names no device is made there, as it is made on the CPU beside a dLLM on CUDA

@@ -24,6 +24,7 @@ EVERYTHING = {
     "entropy": True,
     "margin": True,
     "committed": True,
+    "tokens": True,
     "kl": 3,
     "hidden": True,
     "alpha": [1.0, 3.0],
@@ -31,7 +32,7 @@ EVERYTHING = {
 
 
 def test_settings_ask_for_entries():
-    assert COUNTS == ("top_k", "kl") and FLAGS == ("entropy", "margin", "committed", "hidden")
+    assert COUNTS == ("top_k", "kl") and FLAGS == ("entropy", "margin", "committed", "tokens", "hidden")
     known = {field.name for field in dataclasses.fields(EnvConfig)}
     assert {entry.setting for entry in ENTRIES} - {None} <= known
 
@@ -57,6 +58,16 @@ def test_all_faces_show_the_same_entries_within_their_bounds(settings):
         observation, *_ = lanes.step(torch.eye(20)[[3, 4]])
     assert list(observation) == [entry.name for entry in lanes.core.entries]
     assert set(lanes.single_observation_space) == set(observation) == set(native.observation_spec) - {"score", "nfe"}
+
+
+def test_tokens_are_those_committed_and_those_that_would_be(tiny):
+    env = DLLMUnmaskEnv(model=tiny, split="test", tokens=True, block_length=10, lookahead=False)
+    observation, _ = env.reset(seed=0)
+    for place in (3, 7, 0):
+        before = observation["tokens"].copy()
+        assert (before[10:] == tiny.mask_id).all() and not (before[:10] == tiny.mask_id).any()
+        observation, *_ = env.step(torch.eye(20)[place])
+        assert observation["tokens"][place] == before[place] == env.unwrapped.core.tokens[0, -20 + place]
 
 
 def test_one_line_adds_an_entry_to_every_face(monkeypatch):

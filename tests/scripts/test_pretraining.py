@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from toys import Sums
 
-from dllm_gym.tasks import Arithmetic, Sudoku
+from dllm_gym.tasks import Arithmetic, OneWay, Sudoku
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import pretraining  # noqa: E402
@@ -106,3 +106,16 @@ def test_the_tokenizer_has_the_characters_asked_for(tiny):
     longer = pretraining.build_tokenizer(cfg.characters + "*_abc")
     assert longer.encode("a*b=_3") and longer.decode(longer.encode("a*b=_3")) == "a*b=_3"
     assert shipped.get_vocab().items() <= longer.get_vocab().items()
+
+
+def test_causes_first_masks_what_follows_from_something_masked(tiny):
+    text = "12=4*3;7-2=5;"
+    follows = torch.zeros(1, 21, 21, dtype=torch.bool)
+    for effect, causes in OneWay().causes({"answer": text}).items():
+        follows[0, effect, causes] = True
+    blanks = torch.tensor([[c.isdigit() for c in text] + [False] * 8])
+    examples = pretraining.Batch(torch.zeros(1, 0), torch.zeros(1, 21), torch.tensor([13]), blanks, follows)
+    masks = torch.zeros(1, 21, dtype=torch.bool)
+    masks[0, [3, 11]] = True  # a factor of 12, and the result 5
+    assert pretraining.causes_first(examples, masks, 1.0)[0].nonzero().flatten().tolist() == [0, 1, 3, 11]
+    assert torch.equal(pretraining.causes_first(examples, masks, 0.0), masks)

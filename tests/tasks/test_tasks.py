@@ -8,11 +8,16 @@ from itertools import combinations
 import pytest
 from datasets import Dataset
 
-from dllm_gym.tasks import Arithmetic, Sudoku, make_task
+from dllm_gym.tasks import Arithmetic, Equations, OneWay, Sudoku, make_task
 from dllm_gym.tasks.base import SPLITS
 from dllm_gym.tasks.sudoku import GRIDS
 
-TASKS = {"sudoku": Sudoku, "arithmetic": Arithmetic}  # those that make their own examples
+TASKS = {
+    "sudoku": Sudoku,
+    "arithmetic": Arithmetic,
+    "equations": Equations,
+    "one_way": OneWay,
+}  # those that make their own examples
 SMALL = {"train": 300, "validation": 40, "test": 60}
 
 
@@ -115,7 +120,41 @@ def test_only_what_follows_the_last_hash_counts():
         assert task.grade(example, text) == 0, text
 
 
-# ---- both ----
+# ---- equations ----
+
+
+def test_any_filling_that_keeps_what_is_shown_and_holds_is_right():
+    task, example = Equations(), {"puzzle": ".+3=1.;.4-5=..;2*.=.0;", "answer": "9+3=12;14-5=09;2*5=10;"}
+    for text in ("7+3=10;64-5=59;2*0=00;", "9+3=12;14-5=09;2*5=10;"):
+        assert task.grade(example, text) == 1
+    wrong = ["6+3=09;64-5=59;2*0=00;", "7+3=11;64-5=59;2*0=00;", "7+3=10;64-5=59;2*0=00", "7+3=10;64-5=59;3*0=00;", ""]
+    wrong += [".+3=1.;.4-5=..;2*.=.0;", "7+3=10;64-5=59;2*0=00;7+3=10;", "7+3=10;64-5=59;2*0=00\u0660"]
+    assert not any(task.grade(example, text) for text in wrong)
+
+
+def test_equations_are_as_many_of_the_kinds_as_asked_for_and_fit(rng):
+    task = Equations(3, 3, "+-", two_digits=1.0, most_shown=0.0)
+    for example in (task.generate(rng) for _ in range(200)):
+        assert re.fullmatch(r"(\.\.[+-]\.\.=\.{2,3};){3}", example["puzzle"]) and len(example["answer"]) <= 32
+    shown = [Equations(most_shown=1.0).generate(rng)["puzzle"] for _ in range(500)]
+    assert all("." in puzzle for puzzle in shown) and any(puzzle.count(".") == 1 for puzzle in shown)
+
+
+def test_results_of_one_way_stand_on_either_side_and_follow_from_the_operands(rng):
+    task = OneWay()
+    assert task.causes({"answer": "12=4*3;7-2=5;", "puzzle": ""}) == {0: [3, 5], 1: [3, 5], 11: [7, 9]}
+    sides = set()
+    for example in (task.generate(rng) for _ in range(200)):
+        assert all(example["puzzle"][place] == "." for place in task.causes(example))  # no result is shown
+        sides |= {equation.find("=") < 3 for equation in example["puzzle"].split(";")[:-1]}
+    assert sides == {True, False}
+    example = {"puzzle": "..=.*3;1-.=.;.+.=.;", "answer": ""}
+    assert task.grade(example, "12=4*3;1-4=3;6+6=2;") == 1
+    for text in ("12=4*4;1-4=3;6+6=2;", "11=4*3;1-4=3;6+6=2;", "12=4*3;1-4=7;6+6=2;", "12=4*3;1-4=3;6+6=12;"):
+        assert task.grade(example, text) == 0
+
+
+# ---- all ----
 
 
 def test_every_solution_scores_one(task):
@@ -123,6 +162,7 @@ def test_every_solution_scores_one(task):
         assert all(task.grade(example, task.solution(example)) == 1 for example in task.examples(split))
 
 
+@pytest.mark.parametrize("task", [Sudoku(), Arithmetic()], ids=lambda task: task.name)
 def test_any_changed_graded_character_scores_zero(task):
     for example in task.examples("validation").select(range(150)):
         text = task.solution(example)
@@ -140,7 +180,7 @@ def test_splits_share_no_prompt(name):
         task = TASKS[name](seed=seed, sizes=sizes)
         for split in SPLITS:
             examples = task.examples(split)
-            mine = {task.prompt(example) for example in examples}
+            mine = {task.key(example) for example in examples}
             assert isinstance(examples, Dataset) and len(examples) == len(mine) == sizes[split]
             prompts[split] |= mine
     assert all(prompts[a].isdisjoint(prompts[b]) for a, b in combinations(SPLITS, 2))
@@ -156,8 +196,8 @@ def test_examples_depend_on_seed_and_split_only(name):
 
 
 def test_draws_stay_in_their_split(task, rng):
-    tests = {task.prompt(example) for example in task.examples("test")}
-    assert not any(task.prompt(task.draw(rng, "train")) in tests for _ in range(300))
+    tests = {task.key(example) for example in task.examples("test")}
+    assert not any(task.key(task.draw(rng, "train")) in tests for _ in range(300))
 
 
 HOSTILE = ["", " ", "\n" * 50, "#", "#" * 100_000, "1234\n" * 5000, "9" * 100_000, "#" + "9" * 100_000, "\x00\ud800"]
@@ -189,6 +229,11 @@ def test_hostile_text_scores_zero_and_never_raises(task, rng):
         (lambda: Sudoku(min_givens=-1), "min_givens=-1.*: need"),
         (lambda: Arithmetic(min_operations=0), "min_operations=0.*: need 1 <= "),
         (lambda: Arithmetic(3, 2), "min_operations=3, max_operations=2: need"),
+        (lambda: Equations(3, 2), "min_equations=3, max_equations=2: need"),
+        (lambda: Equations(operations="+/"), r"operations='\+/': need some of"),
+        (lambda: Equations(two_digits=2), "two_digits=2"),
+        (lambda: OneWay(3, 2), "min_equations=3, max_equations=2: need"),
+        (lambda: OneWay(most_shown=-1), "most_shown=-1"),
         (lambda: Sudoku(sizes={"dev": 3}), "'dev': choose among train, validation, test"),
         (lambda: Arithmetic(sizes={"test": 0}), r"sizes\['test'\]=0: need a whole number"),
         (lambda: Arithmetic(sizes={"test": 1.5}), r"sizes\['test'\]=1.5: need a whole number"),
@@ -218,7 +263,7 @@ def test_more_examples_than_there_are_prompts_raise():
 
 
 def test_make_task_takes_names_and_tasks():
-    assert {name: type(make_task(name)) for name in TASKS} == {"sudoku": Sudoku, "arithmetic": Arithmetic}
+    assert {name: type(make_task(name)) for name in TASKS} == TASKS
     assert all(make_task(name).name == name for name in TASKS)
     mine = Sudoku(min_givens=4)
     assert make_task(mine) is mine
