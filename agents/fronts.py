@@ -55,8 +55,22 @@ def area(front: Sequence[Row], length: float, log: bool = False) -> float:
 
 
 def envelope(rows: Iterable[Row]) -> list[Row]:
-    """The front of all rules together, whatever their family and setting."""
-    return pareto(row for row in rows if row["family"] != POLICY)
+    """What all rules reach together, whatever their family and setting: the concave hull of their front.
+
+    Between two of its points lies what a mixture of the two reaches, one for some prompts and the other for the rest.
+    So a further rule never lowers it.
+    """
+    hull: list[Row] = []
+    for point in pareto(row for row in rows if row["family"] != POLICY):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def slope(one: Row, other: Row) -> float:
+    """The accuracy that an NFE more brings on the way from one point to another."""
+    return (other["accuracy"] - one["accuracy"]) / (other["nfe"] - one["nfe"])
 
 
 def learned(rows: Iterable[Row]) -> list[Row]:
@@ -110,7 +124,7 @@ def beside(front: Sequence[Row], row: Row) -> str:
         there = f"no rule is that fast (the fastest, {first['name']}: {first['accuracy']:.3f} at {first['nfe']:.2f})"
     else:
         best = reached(front, nfe)
-        there = f"the best rule there ({around(front, nfe)}): {best:.3f} ({100 * (accuracy - best):+.1f} points)"
+        there = f"the best rules there ({around(front, nfe)}): {best:.3f} ({100 * (accuracy - best):+.1f} points)"
     cost = needed(front, accuracy)
     if math.isinf(cost):
         return f"{there}; no rule reaches that accuracy ({front[-1]['name']} comes to {front[-1]['accuracy']:.3f})"
@@ -123,4 +137,4 @@ def around(front: Sequence[Row], nfe: float) -> str:
     above = front[len(below) :]
     if not above or below[-1]["nfe"] == nfe:
         return below[-1]["name"]
-    return f"{below[-1]['name']} to {above[0]['name']}"
+    return f"{below[-1]['name']} mixed with {above[0]['name']}"

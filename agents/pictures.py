@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.fronts import POLICY, Row, decoding, envelope
+from agents.fronts import POLICY, Row, decoding, envelope, reached
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +80,10 @@ def _rules(axes: Axes, rows: Sequence[Row]) -> None:
     if not front:
         return
     right = max(row["nfe"] for row in rows)
-    x = [row["nfe"] for row in front] + [right]  # behind its last point the front stays where it is
-    y = [row["accuracy"] for row in front] + [front[-1]["accuracy"]]
+    x = np.unique([*np.geomspace(front[0]["nfe"], right, 200), *(row["nfe"] for row in front)])
+    y = [reached(front, nfe) for nfe in x]  # straight over NFE, which the axis shows as its logarithm
     axes.fill_between(x, y, -0.02, color="#EEEEEE", linewidth=0, zorder=0)
-    axes.plot(x, y, color=GREY, linewidth=2.2, label="all rules", zorder=5)
+    axes.plot(x, y, color=GREY, linewidth=2.2, label="all rules, two mixed", zorder=5)
     _points(axes, front, None, color=GREY, linewidth=0, zorder=5)
     families = dict.fromkeys(row["family"] for row in rows if row["family"] != POLICY)
     for i, family in enumerate(families):

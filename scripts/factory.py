@@ -34,6 +34,7 @@ from dllm_gym.tasks import ProceduralTask
 log = logging.getLogger(__name__)
 
 MOST_THREADS = 1024  # beyond this starting them fails
+MODELS_OWN = ("hidden_size", "vocab_size")  # settings of a policy that are the dLLM's own where they are null
 SAMPLE = 200  # examples whose answers are measured
 
 
@@ -64,7 +65,7 @@ def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
 
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
     """The policy network of a configuration; ``hidden_size: null`` and ``vocab_size: null`` are the dLLM's own."""
-    for size in ("hidden_size", "vocab_size"):
+    for size in MODELS_OWN:
         if size in cfg.policy and cfg.policy[size] is None:
             cfg.policy[size] = getattr(make_dllm(cfg, device), size)
     return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
@@ -90,8 +91,16 @@ def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mappin
     if not 1 <= settings.examples <= total:
         raise ValueError(f"evaluation.examples={settings.examples}: split {settings.split!r} has {total} examples")
     for decider in deciders.values():
+        check_vocabulary(decider, envs)
         evaluate(envs, decider, [0])
     return envs
+
+
+def check_vocabulary(decider: Decider, envs: DLLMUnmaskVectorEnv) -> None:
+    """ValueError for a policy that reads tokens of another vocabulary than the dLLM's."""
+    known, own = getattr(getattr(decider, "policy", None), "vocab_size", 0), envs.core.dllm.vocab_size
+    if known not in (0, own):
+        raise ValueError(f"policy.vocab_size={known}: the policy reads other tokens than this model's, which has {own}")
 
 
 def heuristics(cfg: DictConfig) -> dict[str, Decider]:

@@ -15,6 +15,7 @@ import hydra
 import torch
 from command import console as make_console
 from factory import (
+    MODELS_OWN,
     check_evaluation,
     heuristics,
     make_envs,
@@ -142,7 +143,7 @@ def same(one: Any, other: Any) -> bool:
         plain = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
         if isinstance(plain, dict):
             plain.get("algorithm", {}).get("scheduler", {}).pop("num_training_steps", None)
-            plain = {key: value for key, value in plain.items() if key != "hidden_size"}  # null is the model's own
+            plain = {key: value for key, value in plain.items() if key not in MODELS_OWN}  # null is the model's own
         texts.append(plain)
     return texts[0] == texts[1]
 

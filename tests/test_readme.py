@@ -18,7 +18,6 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -185,19 +184,21 @@ def test_the_readme_is_short_and_its_figures_are_those_of_the_main_job():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     with (ROOT / "docs" / "main_job_results.csv").open() as file:
-        results = {row["name"]: (float(row["accuracy"]), float(row["nfe"])) for row in csv.DictReader(file)}
+        results = {row["name"]: row for row in csv.DictReader(file)}
     names = {"learned policy, greedy": "policy(greedy)", "learned policy, sampled": "policy(sampled)"}
     names |= {"most confident first, one at a time": "top_k(1)"}
-    rows = re.findall(r"^\| ([^|]+) \| (\d[\d.]*) \| (\d[\d.]*) \|$", text, re.MULTILINE)
-    assert len(rows) == 8
-    for told, accuracy, nfe in rows:
-        rule, _, number = told.replace("entropy-bounded", "eb").partition(" ")
-        exact = results[names.get(told, f"{rule}({number})")]
-        assert (float(accuracy), float(nfe)) == (round(exact[0], 3), pytest.approx(exact[1], abs=0.0051)), told
-    nfe = results["policy(greedy)"][1]
-    fronts = [sorted(results[who][::-1] for who in results if who.startswith(rule)) for rule in ("threshold", "eb")]
-    at_that_speed = [results["policy(greedy)"][0], *(np.interp(nfe, *zip(*front, strict=True)) for front in fronts)]
-    assert re.findall(r"\d+ %", text.partition("![")[0]) == [f"{100 * share:.0f} %" for share in at_that_speed]
+    rows = re.findall(r"^\| ([^|]+) \| (\d[\d.]*) \| (\d[\d.]*) \| (\d[\d.]*) \|$", text, re.MULTILINE)
+    assert len(rows) == 11
+    for told, *numbers in rows:
+        setting = re.sub(r"^(\S+) ([\d.]+).*", r"\1(\2)", told.replace("entropy-bounded", "eb"))
+        exact = results[names.get(told, setting)]
+        assert [float(number) for number in numbers] == pytest.approx(
+            [float(exact[name]) for name in ("accuracy", "nfe", "reward")], abs=0.0051
+        ), told
+        assert "chosen" not in told or exact["chosen"] == "True"
+    policy, rule = results["policy(greedy)"], results["joint_but_one(0.6)"]
+    shares = [f"{100 * float(row['accuracy']):.0f} %" for row in (policy, rule)]
+    assert re.findall(r"\d+ %", text.partition("![")[0]) == shares
     use = [line for line in blocks(ROOT / "README.md", "python")[0][1].splitlines() if line]
     assert len(use) == 8
 

@@ -55,7 +55,8 @@ class DiTConfidence(Policy):
             ``preference``. The knob then moves the speed from the start, and with ``odds`` it moves the threshold, with
             ``bound`` the p.
         vocab_size: V, to read the tokens as well (an embedding each): what is committed, and what would be. They carry
-            the structure that confidences lack, such as which sum a digit belongs to. 0: not read.
+            the structure that confidences lack, such as which sum a digit belongs to. 0: not read. (None stands for the
+            model's own in configurations; a network has to be told.)
         blocks: how many DiT blocks; LUP has one.
         candidates: see ``Policy``.
 
@@ -78,13 +79,13 @@ class DiTConfidence(Policy):
         odds: float = 0.0,
         bound: float = 0.0,
         haste: float = 0.0,
-        vocab_size: int = 0,
+        vocab_size: int | None = 0,
         blocks: int = 1,
         candidates: int | None = None,
     ):
         _check_heads("width", width, heads)
         _check_counts(ffn=ffn, top_k=top_k, blocks=blocks)
-        whole("vocab_size", vocab_size, least=0)
+        vocab_size = whole("vocab_size", vocab_size, least=0)
         number("time_period", time_period, above=0)
         for name, weight in (("odds", odds), ("bound", bound), ("haste", haste)):
             number(name, weight, least=0)
@@ -132,7 +133,12 @@ class DiTConfidence(Policy):
         if self.place is not None:
             position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
             x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(x.dtype))
-        return x if self.token_embedding is None else x + self.token_embedding(seen["tokens"])
+        if self.token_embedding is None:
+            return x
+        try:
+            return x + self.token_embedding(seen["tokens"])
+        except IndexError:
+            raise ValueError(f"vocab_size={self.vocab_size}: the observation has tokens beyond it") from None
 
     def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
         start: Tensor | float = 0.0

@@ -106,6 +106,13 @@ class AlphaRange:
         """The alpha that has this preference: the inverse of :meth:`preference`."""
         return self.low * (self.high / self.low) ** preference
 
+    def alphas(self, keys: Sequence[int], wanted: Sequence[float | None] | None) -> Tensor:
+        """Float64 [n] of episodes with these random streams: those wanted; None (for one or for all) draws it."""
+        drawn = self.at(uniform(torch.tensor(keys), ALPHA, 1)[:, 0].double())
+        chosen = [None] * len(keys) if wanted is None else wanted
+        given = [d if a is None else a for a, d in zip(chosen, drawn.tolist(), strict=True)]
+        return torch.tensor(given, dtype=torch.float64)
+
 
 def make_reward(reward: str | Reward, alpha: float | Tensor) -> Reward:
     """The reward of that name with that alpha (or one per episode); a callable is returned as it is.
@@ -134,19 +141,6 @@ class Pay:
     def __init__(self, reward: str | Reward, alpha: Any):
         self.range = AlphaRange.of(alpha)
         self.name, self.reward = reward, make_reward(reward, alpha if self.range is None else self.range.low)
-
-    def alphas(self, keys: Sequence[int], wanted: Sequence[float | None] | None) -> Tensor:
-        """Float64 [n] of episodes with these random streams: those wanted, or (None) drawn; 0 without a range."""
-        if self.range is None:
-            return torch.zeros(len(keys), dtype=torch.float64)
-        drawn = self.range.at(uniform(torch.tensor(keys), ALPHA, 1)[:, 0].double())
-        chosen = [None] * len(keys) if wanted is None else wanted
-        given = [d if a is None else a for a, d in zip(chosen, drawn.tolist(), strict=True)]
-        return torch.tensor(given, dtype=torch.float64)
-
-    def preference(self, alpha: Tensor) -> Tensor:
-        """Float32 [n]: where in the range alphas [n] lie; 0 where there is none."""
-        return torch.zeros(len(alpha)) if self.range is None else self.range.preference(alpha).float()
 
     def of(self, alpha: np.ndarray, score: np.ndarray, steps: np.ndarray, length: int | Tensor) -> np.ndarray:
         """Float32 [n] for episodes with these alphas, scores, steps and L (one for all, or [n])."""

@@ -137,10 +137,11 @@ class Unmasking(State):
         """
         chosen, index, keys = np.asarray(list(lanes), np.int64), np.asarray(list(examples), np.int64), list(keys)
         self.put(chosen, index, [self.source[i] for i in index.tolist()], keys)
-        alpha = self.pay.alphas(keys, None if alphas is None else list(alphas))
-        self.alpha[chosen] = alpha.numpy()
-        preference = upload(self.pay.preference(alpha).numpy(), self.tokens.device)
-        self.preference[upload(chosen, self.tokens.device)] = preference
+        if self.alpha_range is not None:
+            alpha = self.alpha_range.alphas(keys, None if alphas is None else list(alphas))
+            self.alpha[chosen] = alpha.numpy()
+            preference = upload(self.alpha_range.preference(alpha).float().numpy(), self.tokens.device)
+            self.preference[upload(chosen, self.tokens.device)] = preference
         self.predictions.forget(chosen)
 
     def predict(self) -> None:

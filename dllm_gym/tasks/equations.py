@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import re
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping
 
 from dllm_gym.checks import number, whole
-from dllm_gym.tasks.base import Example, ProceduralTask
+from dllm_gym.tasks.blanks import BLANK, Infilling
 
-BLANK = "."
-OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-_EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+);")
-
-
-def pieces(puzzle: str) -> list[str | int]:
-    """The template of a text with a dot per blank: given texts, and how many blanks stand between them.
-
-    >>> pieces("3+.=0.;")
-    ['3+', 1, '=0', 1, ';']
-    """
-    runs = (("".join(run), blank) for blank, run in groupby(puzzle, lambda character: character == BLANK))
-    return [len(run) if blank else run for run, blank in runs]
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_EQUATION = re.compile(r"([0-9]+)([-+*])([0-9]+)=([0-9]+);")
 
 
-class Equations(ProceduralTask):
+class Equations(Infilling):
     """Fill the blanks of several equations, ``.+3=1.;.4-..=0.;``: any digits with which all of them hold score 1.
 
-    The completion begins with what is shown (:meth:`template`); there is no prompt. Between a minus' operands, between
-    a product and its factors, and between digits of one sum there are choices: a digit is *free* while others can still
-    make the equation hold, whatever it is, and follows once they are there. Its confidence does not say which: at the
-    start free digits and those that depend on them are equally unsure. What it stands for in real text: quantities
-    that are chosen and then computed with, names that are chosen and then repeated.
+    A digit is *free* while the equation can still be made to hold whatever it is, and follows once the others are
+    there. Its confidence does not say which: at the start both kinds are equally unsure.
+    What it stands for in real text: quantities that are chosen and then computed with, names that are chosen and then
+    repeated.
 
     Numbers are padded with zeros to widths that the operands' widths give, so blanks show no size. Example fields:
     ``puzzle`` (with ``.`` for a blank), ``answer`` (one way to fill it).
@@ -93,26 +81,8 @@ class Equations(ProceduralTask):
         width = max(widths) + (sign != "-")
         return f"{a:0{widths[0]}}{sign}{b:0{widths[1]}}={OPERATIONS[sign](a, b):0{width}};"
 
-    def prompt(self, example: Example) -> str:
-        return ""
-
-    def key(self, example: Example) -> str:
-        return example["puzzle"]
-
-    def template(self, example: Example) -> Sequence[str | int]:
-        return pieces(example["puzzle"])
-
-    def solution(self, example: Example) -> str:
-        return example["answer"]
-
-    def grade(self, example: Example, completion: str) -> float:
-        puzzle = example["puzzle"]
-        kept = len(completion) == len(puzzle) and all(p in (BLANK, c) for p, c in zip(puzzle, completion, strict=True))
-        return float(kept and _hold(completion))
-
-
-def _hold(text: str) -> bool:
-    """Whether a text is equations that all hold."""
-    found = list(_EQUATION.finditer(text))
-    whole_text = "".join(match.group() for match in found) == text
-    return whole_text and all(OPERATIONS[m[2]](int(m[1]), int(m[3])) == int(m[4]) for m in found)
+    def holds(self, text: str) -> bool:
+        """Whether a text is equations that all hold."""
+        found = list(_EQUATION.finditer(text))
+        nothing_else = "".join(match.group() for match in found) == text
+        return nothing_else and all(OPERATIONS[m[2]](int(m[1]), int(m[3])) == int(m[4]) for m in found)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dllm_gym.checks import number, whole
-from dllm_gym.tasks.base import Example, ProceduralTask
-from dllm_gym.tasks.equations import BLANK, pieces
+from dllm_gym.tasks.base import Example
+from dllm_gym.tasks.blanks import BLANK, Infilling
 
 LONGEST = 7  # tokens of an equation
 # What operands are drawn from. The most likely result is not that of the most likely operands, and it is surer than an
 # operand of a product (1/8) and of a difference (1/4), but less sure than one of a sum (2/5).
 OPERANDS = {"*": (2, 3, 4, 5, 6, 7, 8, 9), "+": (1, 1, 1, 1, 4, 4, 4, 2, 3, 6), "-": (1, 2, 3, 4)}
-_EQUATION = re.compile(r"(?:(\d+)=)?(\d)([*+-])(\d)(?:=(\d+))?")
+_EQUATION = re.compile(r"(?:([0-9]+)=)?([0-9])([*+-])([0-9])(?:=([0-9]+))?")
 
 
 def result(a: int, sign: str, b: int) -> str:
@@ -22,7 +22,7 @@ def result(a: int, sign: str, b: int) -> str:
     return {"*": f"{a * b:02d}", "+": str((a + b) % 10), "-": str(abs(a - b))}[sign]
 
 
-class OneWay(ProceduralTask):
+class OneWay(Infilling):
     """Fill the blanks of equations whose result stands left or right, ``.*.=..;.=1+.;``; all have to hold.
 
     Results are never shown. Whoever fills the operands first can compute them; whoever begins with a result has to find
@@ -74,18 +74,6 @@ class OneWay(ProceduralTask):
             puzzle += "=".join(side for _, side in sides) + ";"
         return {"puzzle": puzzle, "answer": answer}
 
-    def prompt(self, example: Example) -> str:
-        return ""
-
-    def key(self, example: Example) -> str:
-        return example["puzzle"]
-
-    def template(self, example: Example) -> Sequence[str | int]:
-        return pieces(example["puzzle"])
-
-    def solution(self, example: Example) -> str:
-        return example["answer"]
-
     def causes(self, example: Example) -> dict[int, list[int]]:
         """Of every digit of a result the places of the operands it follows from."""
         causes: dict[int, list[int]] = {}
@@ -98,10 +86,9 @@ class OneWay(ProceduralTask):
             start += len(equation) + 1
         return causes
 
-    def grade(self, example: Example, completion: str) -> float:
-        puzzle = example["puzzle"]
-        kept = len(completion) == len(puzzle) and all(p in (BLANK, c) for p, c in zip(puzzle, completion, strict=True))
-        return float(kept and all(map(_holds, completion.split(";")[:-1])))
+    def holds(self, text: str) -> bool:
+        """Whether all equations of a text hold."""
+        return all(map(_holds, text.split(";")[:-1]))
 
 
 def _holds(equation: str) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from functools import reduce
-from itertools import groupby, permutations
+from itertools import permutations
 from operator import and_
 
 from dllm_gym.checks import choice, flag, whole
 from dllm_gym.tasks.base import Example, ProceduralTask
+from dllm_gym.tasks.blanks import BLANK, pieces
 
-BLANK = "."
 UNITS = (
     [[4 * row + column for column in range(4)] for row in range(4)]
     + [[4 * row + column for row in range(4)] for column in range(4)]
@@ -131,10 +131,7 @@ class Sudoku(ProceduralTask):
         return _lines(example["puzzle"]) + "\n"
 
     def template(self, example: Example) -> list[str | int] | None:
-        if not self.filled:
-            return None
-        runs = groupby(_lines(example["puzzle"]), lambda character: character == BLANK)
-        return [len(list(run)) if blank else "".join(run) for blank, run in runs]
+        return pieces(_lines(example["puzzle"])) if self.filled else None
 
     def solution(self, example: Example) -> str:
         return _lines(example["grid"])

@@ -83,6 +83,8 @@ def test_tokens_and_deeper_blocks_matter_once_trained():
     assert not torch.allclose(call(policy, obs), call(policy, obs | {"tokens": obs["tokens"].roll(1, 1)}))
     with pytest.raises(ValueError, match="tokens=True"):
         policy.read({key: value for key, value in obs.items() if key != "tokens"})
+    with pytest.raises(ValueError, match="vocab_size=9"):
+        call(policy, obs | {"tokens": obs["tokens"] + 9})
     torch.nn.init.zeros_(policy.deeper[0].modulation[1].weight)
     torch.nn.init.zeros_(policy.deeper[0].modulation[1].bias)  # both gates closed
     alone = small(vocab_size=9)

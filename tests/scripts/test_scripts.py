@@ -309,6 +309,16 @@ def test_hidden_states_reach_a_policy_that_reads_them(tmp_path):
     assert (tmp_path / "again" / "results.json").exists()
 
 
+def test_a_policy_that_reads_tokens_goes_on_and_knows_its_vocabulary(tmp_path):
+    call("train", tmp_path / "run", *SMALL, "policy.vocab_size=null", "policy.bound=1", "policy.blocks=2", "rounds=1")
+    call(
+        "train", tmp_path / "run", *SMALL, "policy.vocab_size=null", "policy.bound=1", "policy.blocks=2", "resume=auto"
+    )
+    assert policy_row(tmp_path / "run", "policy(greedy)")["examples"] > 0
+    with pytest.raises(ValueError, match="vocab_size=7"):
+        call("train", tmp_path / "other", *SMALL, "policy.vocab_size=7")
+
+
 def test_pretraining_writes_a_checkpoint_that_loads(tmp_path):
     stages = "stages=[{steps:2,cooldown:0},{steps:1,cooldown:1}]"
     small = [stages, "evaluate_every=2", "evaluate_examples=2", "threads=1"]

@@ -167,6 +167,11 @@ train policy.joint=maybe                                 | policy.joint='maybe'
 train policy.preference=1                                | policy.preference=1
 train policy.odds=-1                                     | odds=-1
 train policy.haste=1                                     | haste=1
+train policy.bound=-1                                    | bound=-1
+train policy.blocks=0                                    | blocks=0
+train policy.vocab_size=-1                               | vocab_size=-1
+train task=equations task.operations=/                   | operations='/'
+train task=one_way task.most_shown=2                     | most_shown=2
 train policy.candidates=0                                | candidates=0
 train policy.preference=true                             | reward.alpha=8.0
 train policy=dit_hidden policy.hidden_size=7             | hidden_size=7
