@@ -15,7 +15,7 @@ from rich.table import Table
 
 from agents.fronts import POLICY, Row, decoding, policy_rewards
 from agents.pictures import plot
-from agents.runs.files import noted, read
+from dllm_gym.runs.files import noted, read
 
 if TYPE_CHECKING:  # who reads and draws results needs no torch
     from torch import Tensor

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from agents.advantages import group_advantage
 from agents.algorithm import Algorithm
 from agents.rollout import Episodes, Results, join, play_groups
-from agents.runs.checkpoints import CONFIG, METRICS, POLICY, STATE, Checkpoint, Checkpoints
-from agents.runs.files import noted, read
 from dllm_gym.checks import whole
 from dllm_gym.deciders.player import PolicyDecider
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+from dllm_gym.runs.checkpoints import CONFIG, METRICS, POLICY, STATE, Checkpoint, Checkpoints
+from dllm_gym.runs.files import noted, read
 
 
 class Prompts:

@@ -20,8 +20,8 @@ from rich.table import Table
 from run_folder import allowed
 
 from agents.reproduction.comparison import as_numbers, as_text, over_seeds, read_runs
-from agents.runs.files import atomically
 from dllm_gym.checks import distinct, text, writable
+from dllm_gym.runs.files import atomically
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

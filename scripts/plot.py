@@ -12,8 +12,8 @@ from omegaconf import DictConfig, ListConfig
 
 from agents.evaluation import read_rows
 from agents.pictures import plot
-from agents.runs.files import atomically
 from dllm_gym.checks import distinct, text, writable
+from dllm_gym.runs.files import atomically
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 DRAWN = ("accuracy", "accuracy_low", "accuracy_high", "nfe", "nfe_low", "nfe_high")

@@ -36,10 +36,10 @@ from tqdm import tqdm
 from agents.fronts import Row
 from agents.reproduction.claims import LEARNED, read_results, read_table, write_table
 from agents.reproduction.report import Evidence, read_training, write_page
-from agents.runs.checkpoints import CONFIG
 from agents.runs.strangers import Allowed, read_config
 from dllm_gym.checks import choice, distinct, flag, number, text, whole
 from dllm_gym.checks import seed as check_seed
+from dllm_gym.runs.checkpoints import CONFIG
 
 SCRIPTS = Path(__file__).parent
 LOG, SESSIONS = "log.txt", "sessions.csv"

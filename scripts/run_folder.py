@@ -15,7 +15,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from agents.runs.checkpoints import (
+from agents.runs.strangers import Allowed, read_config
+from dllm_gym.runs.checkpoints import (
     BEFORE,
     CHECKPOINTS,
     CONFIG,
@@ -25,8 +26,7 @@ from agents.runs.checkpoints import (
     Checkpoints,
     find_checkpoint,
 )
-from agents.runs.files import atomically, noted, read_manifest, verify
-from agents.runs.strangers import Allowed, read_config
+from dllm_gym.runs.files import atomically, noted, read_manifest, verify
 
 if TYPE_CHECKING:
     from dllm_gym.deciders.policy import Policy

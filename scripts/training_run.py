@@ -36,7 +36,6 @@ from tqdm import tqdm
 from agents.algorithm import Algorithm
 from agents.fronts import policy_rewards
 from agents.rollout import evaluate
-from agents.runs.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
 from agents.runs.strangers import Refused
 from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
 from dllm_gym.checks import number, text, whole
@@ -45,6 +44,7 @@ from dllm_gym.deciders.player import PolicyDecider, make_actor
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.process.unmasking import MOST_LANES
+from dllm_gym.runs.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
 
 LOGGERS = {  # TorchRL's class -> the package that it needs, which is also the name of our extra
     "torchrl.record.MLFlowLogger": "mlflow",

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 # What each room of dllm_gym may import of the others: imports run one way. A new room needs a line here.
 MAY_IMPORT = {
     **dict.fromkeys(["", "checks", "noise", "prompt", "render"], set()),
-    "deciders": set(),  # tensors only: no environment, no model
+    "runs": set(),  # files only
+    "deciders": {"runs"},  # tensors, and where they are stored: no environment, no model
     "models": {"noise", "prompt"},
     "tasks": {"prompt"},
     "process": {"models", "tasks", "noise", "render"},

@@ -19,7 +19,7 @@ import numpy as np
 
 from agents.evaluation import read_rows
 from agents.fronts import Row, area, needed, pareto, reached
-from agents.runs.files import atomically
+from dllm_gym.runs.files import atomically
 
 LABELS = ("task", "env", "world", "trained_on", "kind", "family", "setting", "alpha", "seed", "decode", "split")
 MEASURED = ("accuracy", "accuracy_low", "accuracy_high", "nfe", "nfe_low", "nfe_high", "reward")

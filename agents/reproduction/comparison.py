@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from agents.evaluation import read_rows
-from agents.runs.files import read
 from agents.runs.strangers import Allowed, read_config, read_overrides
+from dllm_gym.runs.files import read
 
 MEASURED = ("accuracy", "nfe", "reward", "episodes", "row_forwards", "minutes")
 # Settings that change how fast a run is or what is written about it, not what it learns.

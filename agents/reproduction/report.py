@@ -28,7 +28,7 @@ from agents.reproduction.claims import (
     verdict,
     words,
 )
-from agents.runs.files import atomically, read
+from dllm_gym.runs.files import atomically, read
 
 # Shares of a metrics.csv and what they were in the logs of an independent run of the LUP reference.
 WASTE = {"empty_steps": 0.39, "equal_groups": 0.52, "idle_lanes": 0.17}

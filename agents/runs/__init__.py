@@ -1,1 +1,1 @@
-"""Run folders: how their files are written and verified, their checkpoints, and what of a stranger's is trusted."""
+"""What of a stranger's run folder is trusted."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from agents.runs.files import read_unverified
+from dllm_gym.runs.files import read_unverified
 
 log = logging.getLogger(__name__)
 

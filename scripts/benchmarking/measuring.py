@@ -25,7 +25,6 @@ from torch import Tensor
 from training_run import make_learner
 
 from agents.rollout import Decider, Results, evaluate
-from agents.runs.files import atomically
 from agents.training import Collector, Prompts
 from benchmarking.growth import Sizes, growth, peak_memory
 from benchmarking.lockstep import Decoded, lockstep
@@ -39,6 +38,7 @@ from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM
 from dllm_gym.process.predictions import Work
 from dllm_gym.process.unmasking import MOST_LANES
+from dllm_gym.runs.files import atomically
 
 EXACT = "none"  # the setting of ``cache`` that gives the plain loop's tokens and NFE
 OPTIONAL = ("lockstep_batches", "growth_rows", "limit_tokens")  # counts of a workload that may be null

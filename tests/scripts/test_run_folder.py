@@ -16,11 +16,11 @@ import pytest
 import yaml
 from test_scripts import ROOT, SMALL, call, listen_to_interrupts, weights, without_seconds
 
-from agents.runs.checkpoints import Checkpoints, find_checkpoint
-from agents.runs.files import atomically, noted, read
 from agents.runs.strangers import Allowed, Refused, read_config
 from agents.training import read_rounds
 from dllm_gym.deciders.networks import MLPPolicy
+from dllm_gym.runs.checkpoints import Checkpoints, find_checkpoint
+from dllm_gym.runs.files import atomically, noted, read
 
 THREE = [*SMALL, "rounds=3", "checkpoint_every=1", "checkpoints.validation=4"]
 EVALUATE = ["evaluation.examples=4", "evaluation.seeds=[1]", "heuristics=none"]

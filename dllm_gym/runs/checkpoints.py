@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.runs.files import MANIFEST, checksum, read_manifest, sync, write_manifest
+from dllm_gym.runs.files import MANIFEST, checksum, read_manifest, sync, write_manifest
 
 CHECKPOINTS = "checkpoints"
 STATE, POLICY = "trainer.pt", "policy"
