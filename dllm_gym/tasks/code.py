@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask, PromptStyle
-from dllm_gym.tasks.rows import SUFFIXES, Places, Row, Rows, Source, cell
+from dllm_gym.tasks.rows import Places, Row, Rows, Source, cell, is_file
 from dllm_gym.tasks.sandbox import Sandbox, sandbox_kind
 
 log = logging.getLogger(__name__)
@@ -149,11 +149,14 @@ class NumberedRows(Rows):
     }  # fmt: skip
 
     def locate(self, data: Any) -> Places:
-        return super().locate(dict.fromkeys(self.numbers, str(data)) if is_file(data) else data)
+        return super().locate(dict.fromkeys(self.numbers, str(data)) if self._holds_all(data) else data)
+
+    def _holds_all(self, data: Any) -> bool:
+        return is_file(data) and self.split_of(Path(data)) is None
 
     def load(self, key: str) -> list[Row]:
         rows = super().load(key)
-        return [row for row in rows if self._number(row) in self.numbers[key]] if is_file(self.task.data) else rows
+        return [r for r in rows if self._number(r) in self.numbers[key]] if self._holds_all(self.task.data) else rows
 
     def _number(self, row: Row) -> int:
         number = re.fullmatch(r"(?:mbpp/)?([0-9]{1,9})", str(row.get("task_id")), re.IGNORECASE)
@@ -220,7 +223,9 @@ class MBPP(CodeTask):
     """974 short tasks with three tests each (Austin et al., arXiv 2108.07732), in the published splits.
 
     The tests are part of the question, since they tell the function's name. Shots come from the ten examples that the
-    paper set aside for them. Rows need ``text``, ``test_list`` (and may have ``code``, ``test_setup_code``).
+    paper set aside for them. Rows need ``text``, ``test_list`` (and may have ``code``, ``test_setup_code``). Those of
+    the sanitized edition (427 tasks, ``data=google-research-datasets/mbpp:sanitized`` or ``sanitized-mbpp.json``) have
+    a ``prompt`` in place of the text, and ``test_imports``.
 
     >>> task = MBPP(sandbox="rlimit")
     >>> example = {"text": "Write a function to double a number.", "test_list": ["assert double(4) == 8"]}
@@ -236,7 +241,8 @@ class MBPP(CodeTask):
     1.0
 
     Args:
-        data: besides the usual places, the one file with all tasks, which is split by their ``task_id``.
+        data: besides the usual places, the one file with all tasks, which is split by their ``task_id`` (unless its
+            name says that it is one split).
         settings: those of :class:`CodeTask`.
     """
 
@@ -248,15 +254,20 @@ class MBPP(CodeTask):
         "test": Source("google-research-datasets/mbpp", "full", "test"),
         "shots": Source("google-research-datasets/mbpp", "full", "prompt"),
     }
-    fields = ("text", "test_list")
+    fields = ("test_list",)
 
     def prepare(self, row: Row) -> Row:
-        tests, setup = row["test_list"], row.get("test_setup_code")
-        if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-            raise ValueError(f"test_list={tests!r}: need a list of texts (which CSV files cannot hold)")
+        tests, setup, imports = row["test_list"], row.get("test_setup_code"), row.get("test_imports")
+        for name, texts in (("test_list", tests), ("test_imports", [] if imports is None else imports)):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}={texts!r}: need a list of texts (which CSV files cannot hold)")
+        if not tests:
+            raise ValueError("test_list=[]: need at least one test")
         if setup is not None and not isinstance(setup, str):
             raise ValueError(f"test_setup_code={setup!r}: need a text")
-        return {**row, "text": cell(row, "text")}
+        if "text" not in row and "prompt" not in row:
+            raise ValueError(f"lacks the columns text or prompt (of the sanitized edition); it has {', '.join(row)}")
+        return {**row, "text": cell(row, "text" if "text" in row else "prompt")}
 
     def question(self, example: Example) -> str:
         tests = "\n".join(example["test_list"])
@@ -266,7 +277,8 @@ class MBPP(CodeTask):
         return ""
 
     def check(self, example: Example) -> str:
-        return "\n".join([example.get("test_setup_code") or "", *example["test_list"], ""])
+        setup = [example.get("test_setup_code") or "", *(example.get("test_imports") or [])]
+        return "\n".join([*setup, *example["test_list"], ""])
 
     def solution(self, example: Example) -> str:
         return example["code"].replace("\r\n", "\n")
@@ -340,11 +352,6 @@ class KodCode(CodeTask):
 
     def solution(self, example: Example) -> str:
         return example["solution"]
-
-
-def is_file(data: Any) -> bool:
-    """Whether a setting ``data`` names one file."""
-    return isinstance(data, str | Path) and Path(data).suffix in SUFFIXES
 
 
 def unit_tests(tests: str) -> str:

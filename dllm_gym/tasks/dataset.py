@@ -87,15 +87,16 @@ class DatasetTask(Task):
     defines :attr:`name`, :attr:`gen_length`, :attr:`hub`, :attr:`fields`, :meth:`question`, :meth:`reply` and
     :meth:`grade`; it may override :meth:`prepare`, :meth:`prefill`, :attr:`system` and :attr:`styles`.
 
-    A split that the data lack is taken out of ``train``: examples become ``validation`` or ``test`` where the checksum
-    of their question falls into a share ``held_out``. It depends on the question alone, not on its place, a seed or the
-    rest, so that equal questions never stand on both sides.
+    A ``validation`` or ``test`` split that the data lack is taken out of ``train``: the examples where the checksum of the
+    question falls into a share ``held_out``. It depends on the question alone, not on its place, a seed or the rest, so
+    that equal questions never stand on both sides.
 
     Args:
         data: where rows come from; None is the task's own place on the hub. A hub id (``owner/name``,
             ``owner/name:config``, and with a branch, tag or commit ``owner/name@revision`` or
-            ``owner/name@revision:config``); one file (JSON, JSONL, Parquet or CSV with a header), out of which all
-            three splits are taken; a folder with one file per split (``train.jsonl``, ``test.parquet``, ...); or a
+            ``owner/name@revision:config``); one file (JSON, JSONL, Parquet or CSV with a header), which is the split
+            that its name says (``test.jsonl``, ``gsm8k_test.parquet``, ``math500.jsonl``), whole, or, where it says
+            none, ``train``; a folder with one file per split (``train.jsonl``, ``test.parquet``, ...); or a
             mapping from ``train``, ``validation``, ``test`` (and ``shots``) to files. Cells of CSV files are read as
             text.
         shots: how many examples with their answers precede the question. They are the first rows of ``shots`` data if
@@ -123,6 +124,8 @@ class DatasetTask(Task):
     """Columns that every row must have."""
     styles: ClassVar[Mapping[str, PromptStyle]] = STYLES
     """The named prompt styles; the first is the default."""
+    files: ClassVar[Mapping[str, str]] = {}
+    """Names under which a split is published as one file, in small letters and digits -> split."""
     rows_of: ClassVar[type[Rows]] = Rows
     """Where rows are looked for and how they are read."""
     system: str = ""

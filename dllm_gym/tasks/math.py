@@ -38,6 +38,7 @@ class Math(DatasetTask):
     gen_length = 256
     hub = {"train": Source("ankner/math-500"), "test": Source("HuggingFaceH4/MATH-500", split="test")}
     fields = ("problem",)
+    files = {"math500": "test"}
 
     def prepare(self, row: Row) -> Row:
         working = str(row.get("solution") or "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 import zlib
 from collections.abc import Mapping
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 SHOTS = "shots"  # a source besides the splits: where examples with their answers are taken from
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-ALIASES = {"validation": ("valid", "val", "dev")}  # other names of a split's file in a folder
+ALIASES = {"validation": ("valid", "val", "dev")}  # other names of a split's file
 
 HUB_ID = re.compile(
     r"(?P<hub>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@:\s]+))?(?::(?P<config>[^@:]+))?"
 )
 
 Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 class FoundRow(Row):
@@ -80,7 +83,16 @@ class Rows:
 
     def locate(self, data: Any) -> Places:
         """Where the rows are; touches no network."""
-        return locate(data, self.task.hub)
+        return locate({self.split_of(Path(data)) or "train": data} if is_file(data) else data, self.task.hub)
+
+    def split_of(self, path: Path) -> str | None:
+        """The split that the name of a file says it is; None where it says none, or several."""
+        stem = path.stem.lower()
+        if own := self.task.files.get(re.sub("[^a-z0-9]", "", stem)):
+            return own
+        words = set(re.split("[^a-z0-9]+", stem))
+        named = [split for split in SPLITS if words & {split, *ALIASES.get(split, ())}]
+        return named[0] if len(named) == 1 else None
 
     def load(self, key: str) -> list[Row]:
         """The raw rows of one place."""
@@ -129,7 +141,15 @@ class Rows:
                 f"split={split!r}: task {self.task.name!r} has no such data (data={self.task.data!r} gives "
                 f"{', '.join(self.places) or 'nothing'}); name a file, a folder or files by split with task.data=..."
             )
-        return [row for row in self.read("train") if self._home(row, missing) == split]
+        rows = self.read("train")
+        share = [row for row in rows if self._home(row, missing) == split]
+        if split == "test":
+            log.warning(
+                "task %r: split 'test' is %d of the %d rows of %s, which are not told apart: name the file "
+                "test.jsonl, or say data={test: FILE}, to have them all",
+                *(self.task.name, len(share), len(rows), self.task.data or "train"),
+            )
+        return share
 
     def _home(self, row: Row, missing: list[str]) -> str:
         """``train``, or the missing split that a row of ``train`` is given to."""
@@ -178,8 +198,6 @@ def locate(data: Any, hub: Mapping[str, Source]) -> Places:
         raise ValueError(f"data={data!r}: need a hub id, a file, a folder, or files by split")
     if Path(data).is_dir():
         return in_folder(Path(data), hub)
-    if Path(data).suffix in SUFFIXES:
-        return {"train": [existing(data)]}
     match = HUB_ID.fullmatch(str(data))
     if not match or set(SUFFIXES) & {suffix.lower() for suffix in Path(data).suffixes}:  # k.jsonl.gz is a file
         raise ValueError(
@@ -221,6 +239,11 @@ def as_dataset(rows: list[Row], data: Any, split: str) -> Dataset:
 def is_shard(stem: str, name: str) -> bool:
     """Whether a file of that stem is ``name`` or one of its pieces, ``name-00000-of-00003``."""
     return stem == name or (stem.startswith(f"{name}-") and "-of-" in stem)
+
+
+def is_file(data: Any) -> bool:
+    """Whether a setting ``data`` names one file."""
+    return isinstance(data, str | Path) and Path(data).suffix in SUFFIXES and not Path(data).is_dir()
 
 
 def existing(path: Any) -> Path:

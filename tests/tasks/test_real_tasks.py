@@ -247,6 +247,54 @@ def test_missing_splits_are_taken_out_of_train_by_the_question(tmp_path):
         assert set(questions(again, split)) == set(parts[split]) & {row["question"] for row in shuffled}
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "split"),
+    [
+        (GSM8K, "test.jsonl", "test"),
+        (GSM8K, "gsm8k_test.json", "test"),
+        (GSM8K, "Test-00000-of-00001.parquet", "test"),
+        (GSM8K, "val.csv", "validation"),
+        (Math, "math500.jsonl", "test"),
+        (Math, "MATH-500.jsonl", "test"),
+        (Math, "math_500_test.jsonl", "test"),
+    ],
+)
+def test_a_file_named_after_a_split_is_that_split_whole(kind, file, split, tmp_path, caplog):
+    rows = ROWS if kind is GSM8K else [{"problem": row["question"], "answer": "1"} for row in ROWS]
+    task = kind(data=write(tmp_path / file, rows))
+    asked = questions(task, split) if kind is GSM8K else list(task.examples(split)["problem"])
+    assert asked == [row["question"] for row in ROWS] and not caplog.records
+    with pytest.raises(ValueError, match=f"split='train': .* gives {split}"):
+        task.examples("train")
+
+
+@pytest.mark.parametrize("file", ["all.jsonl", "latest.jsonl", "train_and_test.jsonl", "math500.jsonl", "train.jsonl"])
+def test_a_file_that_no_split_names_is_train_and_a_share_of_it_is_called_one(file, tmp_path, caplog):
+    task = GSM8K(data=write(tmp_path / file, ROWS))
+    count = len(task.examples("test"))
+    assert 15 <= count <= 50 and f"split 'test' is {count} of the 300 rows" in caplog.text
+    assert {name: len(task.examples(name)) for name in SPLITS} != {"test": 300}
+
+
+def test_mbpp_has_a_sanitized_edition(tmp_path, monkeypatch):
+    edition = {"prompt": "Square a number.", "code": "def f(x):\n    return x**2", "source_file": "a.ipynb"}
+    edition |= {"test_imports": ["import math"], "test_list": ["assert math.isclose(f(2), 4)"]}
+    rows = [{**edition, "task_id": number} for number in (2, 3, 4, 11, 12, 511, 602)]
+    for name, sizes in (("sanitized-mbpp.json", [1, 1, 2]), ("test.jsonl", [0, 0, 7])):
+        task = MBPP(data=write(tmp_path / name, rows), shots=0 if sizes[2] == 7 else 3, sandbox="rlimit")
+        assert [len(task.examples(split)) if n else 0 for split, n in zip(SPLITS, sizes, strict=True)] == sizes
+        (first, *_) = task.examples("test")
+        assert "Square a number." in str(task.prompt(first))
+        assert task.grade_all([first] * 2, [f"{edition['code']}\n```", "def f(x): return x\n```"]) == [1.0, 0.0]
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: asked.append((a, k["split"])) or datasets.Dataset.from_list(rows)
+    )
+    hub = MBPP(data="google-research-datasets/mbpp:sanitized", sandbox="rlimit")
+    assert len(hub.examples("test")) == 7
+    assert asked == [(("google-research-datasets/mbpp", "sanitized"), "test")]
+
+
 def test_only_what_is_missing_is_taken(folder):
     task = GSM8K(data=folder)
     assert len(task.examples("test")) == 100
