@@ -87,9 +87,9 @@ class DatasetTask(Task):
     defines :attr:`name`, :attr:`gen_length`, :attr:`hub`, :attr:`fields`, :meth:`question`, :meth:`reply` and
     :meth:`grade`; it may override :meth:`prepare`, :meth:`prefill`, :attr:`system` and :attr:`styles`.
 
-    A ``validation`` or ``test`` split that the data lack is taken out of ``train``: the examples where the checksum of the
-    question falls into a share ``held_out``. It depends on the question alone, not on its place, a seed or the rest, so
-    that equal questions never stand on both sides.
+    A ``validation`` or ``test`` split that the data lack is taken out of ``train``: the examples where the checksum of
+    the question falls into a share ``held_out``. It depends on the question alone, not on its place, a seed or the
+    rest, so that equal questions never stand on both sides.
 
     Args:
         data: where rows come from; None is the task's own place on the hub. A hub id (``owner/name``,
