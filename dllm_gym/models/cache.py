@@ -24,23 +24,9 @@ from torch.nn.functional import pad
 from dllm_gym.models.attention import ATTENTION
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.batches import Batching, upload
+from dllm_gym.models.views import View
 
 KINDS = ("prefix", "dual")
-
-
-@dataclass(frozen=True)
-class View:
-    """What a family's hidden states depend on: a class that overrides ``DLLM.hidden_states`` says it as its attribute
-    ``view``, or has no cache.
-
-    Attributes:
-        shift: the hidden state at position j - shift predicts token j.
-        block: a position sees its own block of so many positions, counted from the row's first token, and the blocks
-            before; None: it sees the whole row.
-    """
-
-    shift: int = 0
-    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,10 +110,10 @@ class BlockCache:
         and a window that ends at 0 contains it."""
         before, size = self.active[lanes], self.view.block
         begin = self.L - before * self.block_length  # the first token that may have changed
+        begin = begin + self.view.shift  # what predicts it
         end = self.L - (block + 1) * self.block_length
         if size is None:
             refresh = before != block
-            begin = begin + self.view.shift
         else:
             refresh = before < 0
             begin = length - (length - begin) // size * size  # where that token's block of the model begins
@@ -198,4 +184,6 @@ def view_of(dllm: DLLM) -> View | None:
     own = next(kind for kind in type(dllm).__mro__ if {"hidden_states", "_hidden"} & set(vars(kind)))
     if getattr(dllm.backbone.config, "_attn_implementation", None) not in ("sdpa", ATTENTION):
         return None
-    return View() if own is DLLM else vars(own).get("view")
+    if own is DLLM:
+        return View()
+    return dllm.view if "view" in vars(own) else None  # type: ignore[attr-defined]

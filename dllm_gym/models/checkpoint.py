@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ NOT_OF_THE_NETWORK = re.compile(
     r"_.*|model_type|architectures|auto_map|transformers_version|quantization_config|return_dict|torchscript"
     r"|output_attentions|output_hidden_states|.*attn_implementation|experts_implementation|gradient_checkpointing"
 )
+# Fields by which a config says that more, or something else, is computed than by the network that it is named after.
+ARITHMETIC = re.compile(
+    r"block_(size|length)|bd_size|canvas_length|dlm_.*|rope_scaling|auto_map|.*_multiplier|.*softcap.*|logit_scale"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Settings:
         chat_template: put prompts into the tokenizer's chat template. Base models carry a template that they were
             not trained with: turn it off for them.
         mask_token: the mask token's text, for a checkpoint that does not name it.
+        shift: the position that predicts token j is j - shift, 0 or 1. For a checkpoint whose config does not say it; a
+            family that knows its own refuses another.
+        block: a position sees its own block of so many and the blocks before, 0: the whole row. As ``shift``; families
+            that were trained with several take it in place of their usual one.
+        unused: regular expression of weights in the files that the network has no use for, such as further heads.
         compile: let torch.compile build the network, with CUDA graphs on a GPU. Forwards are then rounded up to shapes
             that come again; the first ones take tens of seconds.
     """
@@ -52,6 +61,9 @@ class Settings:
     rope_float32: bool = False
     chat_template: bool = True
     mask_token: str | None = None
+    shift: int | None = None
+    block: int | None = None
+    unused: str | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -168,7 +180,8 @@ class Checkpoint:
             **self.settings.placement(),
             **arguments,
         )
-        refuse_mismatch(report, unused)
+        patterns = [f"(?:{pattern})" for pattern in (unused, self.settings.unused) if pattern is not None]
+        refuse_mismatch(report, "|".join(patterns) or None)
         refuse_not_finite(model)
         refuse_two_heads(model)
         return model if self.settings.placed else model.to(self.settings.device)
@@ -269,7 +282,8 @@ def refuse_mismatch(report: dict[str, Any], unused: str | None = None) -> None:
         if kind == "unexpected_keys" and unused is not None:
             names = [name for name in names if not re.search(unused, name)]
         if names:
-            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+            way = "; weights that are not needed: unused=PATTERN" if kind == "unexpected_keys" else ""
+            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}{way}")
 
 
 def require(config: dict[str, Any], family: str, **needed: Any) -> None:
@@ -282,6 +296,23 @@ def require(config: dict[str, Any], family: str, **needed: Any) -> None:
         found = config.get(field, value)
         if found != value and (found or value):
             raise ValueError(f"config.json: {field}={config[field]!r} is not supported for {family} (need {value!r})")
+
+
+def refuse_arithmetic(config: Mapping[str, Any], family: str, known: Collection[str] = ()) -> None:
+    """Refuse a config with a field that changes what is computed, unless the family's loader knows it.
+
+    Raises:
+        ValueError: such a field is not null, 0, false or empty.
+    """
+    rope = config.get("rope_parameters")
+    scaled = isinstance(rope, dict) and rope.get("rope_type", "default") != "default"
+    said = [name for name, value in config.items() if ARITHMETIC.fullmatch(name) and value]
+    for name in [*said, *(["rope_parameters"] if scaled else [])]:
+        if name not in known:
+            raise ValueError(
+                f"config.json: {name}={config[name]!r} changes what is computed and is not known for {family}: remove "
+                "the field if it does not, or write a loader (dllm_gym.models.register)"
+            )
 
 
 def require_fields(config: Mapping[str, Any], *names: str) -> None:

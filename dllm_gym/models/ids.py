@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # What tokenizers call the mask and the end of a turn where no config field names them.
-MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]")
+MASK_TOKENS = ("<|mdm_mask|>", "<|mask|>", "[MASK]", "|<MASK>|", "<[MASK]>", "<|MASK|>")
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<|endoftext|>")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,10 +15,11 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dllm_gym.checks import flag
+from dllm_gym.checks import flag, whole
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.checkpoint import Checkpoint, Settings
-from dllm_gym.models.families import dream, llada, llada2, masked_lm, qwen
+from dllm_gym.models.families import dream, llada, llada2, llada_moe, llama, masked_lm, qwen
+from dllm_gym.models.views import View
 
 SHIPPED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_shallow")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,19 +37,37 @@ class Options(TypedDict, total=False):
     rope_float32: bool
     chat_template: bool
     mask_token: str | None
+    shift: int | None
+    block: int | None
+    unused: str | None
     compile: bool
 
 
-# `model_type` of the raw config.json -> loader; what transformers knows as a masked language model comes on top.
+# A name among `architectures` of the raw config.json, or else its `model_type` -> loader; what transformers knows as a
+# masked language model comes on top.
 FAMILIES: dict[str, Loader] = {
+    "LLaDAMoEModelLM": llada_moe.load,
+    "LLaDAMoEModel": llada_moe.load,
+    "StableDiffcoderForCausalLM": llama.load_diffcoder,
+    "SDARForCausalLM": qwen.load_sdar,
+    "SDARMoeForCausalLM": qwen.load_sdar,
+    "Fast_dLLM_QwenForCausalLM": qwen.load_fast_dllm,
+    "NemotronLabsDiffusionModel": llama.load_nemotron,
     "llada": llada.load,
+    "llada_moe": llada_moe.load,
     "llada2_moe": llada2.load,
+    "illada": llama.load_illada,
     "Dream": dream.load,
     "dream": dream.load,
     "a2d-qwen2": qwen.load,
     "a2d-qwen3": qwen.load,
-    "qwen2": qwen.load,
-    "qwen3": qwen.load,
+    "a2d-llama": llama.load_a2d,
+    "sdar": qwen.load_sdar,
+    "sdar_moe": qwen.load_sdar,
+    "Fast_dLLM_Qwen": qwen.load_fast_dllm,
+    "nemotron_labs_diffusion": llama.load_nemotron,
+    "qwen2": qwen.load_plain,
+    "qwen3": qwen.load_plain,
 }
 
 
@@ -55,7 +75,8 @@ def register(model_type: str, loader: Loader, *, replace: bool = False) -> None:
     """Add a family of dLLMs; dLLMs that are loaded already stay as they are.
 
     Args:
-        model_type: the field of that name in the raw ``config.json`` of the family's checkpoints.
+        model_type: the field of that name in the raw ``config.json`` of the family's checkpoints, or one of its
+            ``architectures``, which are looked at first.
         loader: makes a :class:`DLLM` of a :class:`~dllm_gym.models.checkpoint.Checkpoint`; its ``weights`` and
             ``tokenizer`` methods respect what the user asked for and refuse checkpoints that do not fit.
         replace: take the place of the family of that name.
@@ -87,15 +108,16 @@ def load_dllm(
 ) -> DLLM:
     """Load a frozen dLLM; the same arguments give the same object within a process.
 
-    The family is chosen by ``model_type`` in the raw ``config.json``; no code from a checkpoint is ever run.
+    The family is chosen by ``architectures``, then by ``model_type`` in the raw ``config.json``; no code from a
+    checkpoint is ever run.
 
     Args:
         model: ``"tiny"`` or ``"tiny_shallow"`` (shipped), a local folder, a hub id (``owner/name``, optionally
             ``@revision``), or a DLLM, which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.
-        options: ``device_map``, ``quantization``, ``rope_float32``, ``chat_template``, ``mask_token`` and ``compile``,
-            fields of :class:`~dllm_gym.models.checkpoint.Settings`.
+        options: ``device_map``, ``quantization``, ``rope_float32``, ``chat_template``, ``mask_token``, ``shift``,
+            ``block``, ``unused`` and ``compile``, fields of :class:`~dllm_gym.models.checkpoint.Settings`.
 
     Raises:
         ValueError: no such model; not a supported family; weights that are missing, unexpected, mis-shaped or
@@ -129,7 +151,22 @@ def check_options(options: Options) -> dict[str, Any]:
         checked["device_map"] = check_device_map(checked["device_map"])
     if not isinstance(checked.get("mask_token"), str | None):
         raise ValueError(f"mask_token={checked['mask_token']!r} is not valid: give the token's text")
+    if checked.get("shift") is not None:
+        checked["shift"] = int(flag("shift", checked["shift"]))
+    if "block" in checked:  # None, as 0: the whole row
+        checked["block"] = whole("block", checked["block"] or 0, least=0)
+    check_pattern("unused", checked.get("unused"))
     return checked | {name: flag(name, checked[name]) for name in SWITCHES if name in checked}
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """ValueError unless it is a regular expression, or None."""
+    try:
+        if pattern is None or (isinstance(pattern, str) and re.compile(pattern)):
+            return
+        raise re.error("need a text")
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is not valid: give a regular expression ({error})") from None
 
 
 def full_name(model: str | Path) -> str:
@@ -180,6 +217,7 @@ def _read(model: str, settings: Settings) -> DLLM:
         raise ValueError(f"model={model!r}: cannot load the checkpoint in {folder}: {reason}") from error
     if not isinstance(dllm, DLLM):
         raise ValueError(f"model={model!r}: the loader of its family gave a {type(dllm).__name__}, not a DLLM")
+    refuse_another_view(model, dllm, settings)
     if settings.compile:
         dllm.compile()
     tokens = max(len(dllm.tokenizer), dllm.mask_id + 1)
@@ -191,11 +229,22 @@ def _read(model: str, settings: Settings) -> DLLM:
     return dllm
 
 
+def refuse_another_view(model: str, dllm: DLLM, settings: Settings) -> None:
+    """ValueError where ``shift`` or ``block`` is stated, and the family is known to do something else."""
+    view = getattr(dllm, "view", View())
+    for name, stated, has in (("shift", settings.shift, view.shift), ("block", settings.block, view.block or 0)):
+        if stated is not None and stated != has:
+            raise ValueError(f"{name}={stated!r}: model={model!r} is of a family that has {name}={has}")
+
+
 def family(config: Mapping[str, Any]) -> Loader:
-    """The loader for a raw ``config.json``."""
-    model_type = config.get("model_type")
+    """The loader for a raw ``config.json``: by its ``architectures``, then by its ``model_type``."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str):
         raise ValueError(f"config.json: model_type={model_type!r} is not valid: need the name of a family")
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and name in FAMILIES:
+            return FAMILIES[name]
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:

@@ -28,6 +28,7 @@ class Spelling:
         self.ids: dict[str, int] = {t.content: i for i, t in added if t.content and (t.special or i in self.control)}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.exact = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.unknown = unknown_id(tokenizer)
         self.any_case = re.compile(self.exact.pattern, re.IGNORECASE)  # a normaliser may change it
 
     def plain(self, text: str) -> list[int]:
@@ -77,9 +78,34 @@ class Spelling:
 
     def _encode(self, text: str, **how: Any) -> list[int]:
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False, **how)  # a template writes its own
+            ids = self.tokenizer.encode(text, add_special_tokens=False, **how)  # a template writes its own
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"this dLLM's tokenizer has no tokens for the prompt {text[:40]!r}...: {error}") from None
+        if self.unknown is not None and (count := ids.count(self.unknown)):
+            self._refuse_unknown(text, count)
+        return ids
+
+    def _refuse_unknown(self, text: str, count: int) -> None:
+        """ValueError if a part of the text has become the token for what is not in the vocabulary, ``count`` times."""
+        name = self.tokenizer.convert_ids_to_tokens(self.unknown)
+        if count > len(re.findall(re.escape(name), text, re.IGNORECASE)):
+            lost = [c for c in dict.fromkeys(text) if self._is_unknown(c)] or "parts"
+            raise ValueError(
+                f"this dLLM's tokenizer has no tokens for {''.join(lost)[:20]!r} in the prompt {text[:40]!r}...: they "
+                f"would become {name!r}"
+            )
+
+    def _is_unknown(self, text: str) -> bool:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) == [self.unknown]
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token for what the vocabulary lacks, as the tokenizer or the model inside it names it; None without one."""
+    if tokenizer.unk_token_id is not None:
+        return tokenizer.unk_token_id
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    name = getattr(model, "unk_token", None)
+    return tokenizer.get_vocab().get(name) if name else None
 
 
 def in_template(tokenizer: Any, options: Mapping[str, Any], turns: Turns) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import llada_fields
 from safetensors.torch import save_file
+from test_decoder_families import fast_dllm
 from test_families import attend, bert, dream, everything, llada2, qwen, rms, rope
 from torch import Tensor
 from torch.nn.functional import silu
@@ -167,7 +168,7 @@ class Reference:
     """Fast-dLLM on one lane, position by position."""
 
     def __init__(self, dllm: DLLM, kind: str):
-        self.dllm, self.kind, self.shift = dllm, kind, int(type(dllm).__name__ == "DreamDLLM")
+        self.dllm, self.kind, self.shift = dllm, kind, dllm.view.shift if hasattr(dllm, "view") else 0
         self.block = -1
         self.stored: list[tuple[Tensor, Tensor]] = []
 
@@ -245,8 +246,9 @@ def test_one_block_freezes_the_prompt_only(tmp_path):
 
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
 @pytest.mark.parametrize(("length", "block_length"), [(64, 32), (48, 12), (40, 40)])
-def test_block_causal_windows_are_exact(tmp_path, kind, length, block_length):
-    dllm = load_dllm(llada2(tmp_path / "checkpoint", max_position_embeddings=160))
+@pytest.mark.parametrize("family", [llada2, fast_dllm])  # without and with a shift
+def test_block_causal_windows_are_exact(tmp_path, family, kind, length, block_length):
+    dllm = load_dllm(family(tmp_path / "checkpoint", max_position_embeddings=160))
     cache = BlockCache(dllm, kind, len(LONG_PROMPTS), length, block_length)
     assert cache.exact
     savings = []

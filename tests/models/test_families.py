@@ -417,7 +417,6 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], Callable]] = {
     "Dream": (dream, dream_forward),
     "a2d-qwen2": (lambda folder: qwen(folder, "qwen2"), qwen_forward),
     "a2d-qwen3": (lambda folder: qwen(folder, "qwen3"), qwen_forward),
-    "qwen3 by its plain name": (lambda folder: qwen(folder, "qwen3", model_type="qwen3"), qwen_forward),
     "llada2": (llada2, llada2_forward),
     "bert": (bert, bert_forward),
     "modernbert": (modernbert, modernbert_forward),

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dllm_gym.models.attention import ATTENTION
 from dllm_gym.models.base import DLLM
-from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
+from dllm_gym.models.checkpoint import Checkpoint, refuse_arithmetic, require, require_fields
 
 # LLaDA's name of a weight -> Llama's.
 NAMES = {
@@ -68,6 +68,7 @@ def llama_config(raw: dict[str, Any]) -> LlamaConfig:
     Raises:
         ValueError: the config asks for something that Llama does not compute, or lacks a size.
     """
+    refuse_arithmetic(raw, "LLaDA", ("auto_map",))
     require(raw, "LLaDA", **REQUIRED)
     require_fields(raw, *SIZES, *([] if raw.get("embedding_size") else ["vocab_size"]))
     if raw["d_model"] % raw["n_heads"]:

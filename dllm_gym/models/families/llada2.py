@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from dllm_gym.models.base import DLLM, positions_of
-from dllm_gym.models.cache import View
-from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
+from dllm_gym.models.base import DLLM
+from dllm_gym.models.checkpoint import Checkpoint, refuse_arithmetic, require, require_fields
+from dllm_gym.models.families.decoders import view_of
+from dllm_gym.models.views import ViewedDLLM
 
 BLOCK = 32  # the length that the checkpoints were trained with; their configs do not say it
 NEEDED = {
@@ -61,25 +61,13 @@ NAMES = {
 }
 
 
-class BlockCausalDLLM(DLLM):
-    view = View(block=BLOCK)
-
-    def hidden_states(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        attend = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
-        positions = positions_of(attend)
-        block = positions // BLOCK  # (B, T)
-        sees = (block[:, :, None] >= block[:, None, :]) & attend[:, None, :]  # (B, T, T), query by key
-        return self.backbone(
-            input_ids=tokens, attention_mask=sees[:, None], position_ids=positions, use_cache=False
-        ).last_hidden_state
-
-
 def glm_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
     """The Glm4Moe configuration equivalent to LLaDA2's raw ``config.json``.
 
     Raises:
         ValueError: the config asks for something that Glm4Moe does not compute, or lacks a size.
     """
+    refuse_arithmetic(raw, "LLaDA2", ("auto_map", "block_size"))
     require_fields(raw, *SIZES.values(), "rope_theta", "partial_rotary_factor")
     require(dict(raw), "LLaDA2", **NEEDED)
     rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
@@ -121,4 +109,5 @@ def load(checkpoint: Checkpoint) -> DLLM:
     config = glm_config(raw)
     weights = glm_weights(checkpoint.stored(), raw)
     network = checkpoint.weights(Glm4MoeForCausalLM, config, state_dict=weights, attn_implementation="sdpa")
-    return BlockCausalDLLM(network.model, network.lm_head, checkpoint.tokenizer(), raw)
+    view = view_of(checkpoint, 0, raw.get("block_size") or BLOCK)
+    return ViewedDLLM(network.model, network.lm_head, checkpoint.tokenizer(), raw, view)

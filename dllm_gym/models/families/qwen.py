@@ -1,60 +1,81 @@
-"""Qwen2 and Qwen3 turned into dLLMs (Qwen3-0.6B-diffusion-mdlm, Qwen2.5-Coder-0.5B-diffusion-mdlm).
+"""Qwen2 and Qwen3 turned into dLLMs: A2D (Qwen3-0.6B-diffusion-mdlm, ...), Fast-dLLM v2, SDAR, TraDo, Open-dLLM.
 
-The adaptation keeps Qwen's weights and arithmetic; attention looks both ways and position j predicts token j, without a
-shift. The mask token is in the tokenizer. Checkpoints trained for block diffusion (BD3LM) carry the same config.json:
-they load, and are then read with full attention, which they were not trained for.
+All keep Qwen's weights and arithmetic; they differ in what a position sees and in which position predicts a token,
+which their configs mostly do not say:
+
+| | sees | token j is predicted at |
+|---|---|---|
+| A2D (of the library dLLM) | the whole row; ``block=`` for those trained as BD3LM, whose config is the same | j |
+| SDAR (arXiv 2510.06303), TraDo (arXiv 2509.06949) | blocks of 4, unless the config or ``block=`` says another | j |
+| Fast-dLLM v2 (arXiv 2509.26328) | blocks of 32 (``bd_size``) | j - 1 |
+| a plain ``qwen2`` or ``qwen3``, such as Open-dLLM's | what ``block=`` states | what ``shift=`` states |
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Tokenizer
 
 from dllm_gym.models.base import DLLM
-from dllm_gym.models.checkpoint import Checkpoint, network_fields, require, require_fields
+from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
+from dllm_gym.models.families.decoders import decoder, two_way_config, view_of
+from dllm_gym.models.views import View
 
-# Without one of these, transformers' default would take its place silently.
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
-NETWORKS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-
-
-class QwenDLLM(DLLM):
-    """Qwen3's template opens an empty chain of thought, as its diffusion checkpoints were trained."""
-
-    template_options = {"enable_thinking": False}
-
-
-def two_way_config(kind: str, raw: dict[str, Any], family: str) -> Any:
-    """A Qwen configuration, with attention in both directions, from a raw ``config.json``.
-
-    Raises:
-        ValueError: the config asks for something else than full attention, or lacks a size.
-    """
-    require_fields(raw, *SIZES)
-    if not isinstance(raw.get("rope_parameters"), dict):
-        require_fields(raw, "rope_theta")
-    require(raw, family, use_sliding_window=False, use_mrope=False, hidden_act="silu")
-    layers = set(raw.get("layer_types") or ["full_attention"])
-    if layers != {"full_attention"}:
-        raise ValueError(f"config.json: layer_types={sorted(layers)} is not supported for {family} (full_attention is)")
-    config = NETWORKS[kind][0].from_dict(network_fields(raw))
-    config.is_causal = False
-    return config
+SDAR_BLOCK = 4  # of the checkpoints without a number in their name
+TRAINING = ("auto_map", "block_size")
 
 
 def load(checkpoint: Checkpoint) -> DLLM:
-    """The loader of ``a2d-qwen2``, ``a2d-qwen3`` and of plain Qwen configs whose tokenizer has a mask token."""
+    """The loader of ``a2d-qwen2`` and ``a2d-qwen3``."""
+    kind = "qwen3" if "qwen3" in str(checkpoint.config["model_type"]) else "qwen2"
+    config = two_way_config(kind, checkpoint.config, "A2D")
+    return without_thoughts(decoder(checkpoint, kind, config, view_of(checkpoint, 0, None), tokenizer(checkpoint)))
+
+
+def load_plain(checkpoint: Checkpoint) -> DLLM:
+    """The loader of plain ``qwen2`` and ``qwen3``: an autoregressive model and a dLLM have the same config.
+
+    Raises:
+        ValueError: ``shift`` and ``block`` are not stated, or the config says that it is something else.
+    """
+    kind, settings = str(checkpoint.config["model_type"]), checkpoint.settings
+    config = two_way_config(kind, checkpoint.config, f"a plain {kind}", known=())
+    if settings.shift is None or settings.block is None:
+        raise ValueError(
+            f"model_type={kind!r} does not say how it was made a dLLM: state shift=0 (position j predicts token j) or "
+            "shift=1 (the position before does, as in Dream), and block=0 (attention over the whole row) or block=N "
+            "(block-causal)"
+        )
+    view = View(settings.shift, settings.block or None)
+    return without_thoughts(decoder(checkpoint, kind, config, view, tokenizer(checkpoint)))
+
+
+def load_sdar(checkpoint: Checkpoint) -> DLLM:
+    """The loader of ``sdar`` and ``sdar_moe``, which TraDo's checkpoints are, too."""
     raw = checkpoint.config
-    kind = "qwen3" if "qwen3" in str(raw["model_type"]) else "qwen2"
-    network = checkpoint.weights(NETWORKS[kind][1], two_way_config(kind, raw, "Qwen"))
-    return QwenDLLM(network.model, network.lm_head, checkpoint.tokenizer(Qwen2Tokenizer), raw)
+    kind = "qwen3_moe" if raw.get("num_experts") else "qwen3"
+    config = two_way_config(kind, raw, "SDAR", known=TRAINING)
+    if kind == "qwen3_moe":
+        require_fields(raw, "num_experts_per_tok", "norm_topk_prob")
+        require(raw, "SDAR", decoder_sparse_step=1, mlp_only_layers=[])
+    view = view_of(checkpoint, 0, raw.get("block_size") or SDAR_BLOCK)
+    return decoder(checkpoint, kind, config, view, tokenizer(checkpoint))
+
+
+def load_fast_dllm(checkpoint: Checkpoint) -> DLLM:
+    """The loader of ``Fast_dLLM_Qwen``."""
+    raw = checkpoint.config
+    require_fields(raw, "bd_size")
+    config = two_way_config("qwen2", raw, "Fast-dLLM v2", known=("auto_map", "bd_size"))
+    return decoder(checkpoint, "qwen2", config, view_of(checkpoint, 1, raw["bd_size"]), tokenizer(checkpoint))
+
+
+def tokenizer(checkpoint: Checkpoint) -> Any:
+    return checkpoint.tokenizer(Qwen2Tokenizer)
+
+
+def without_thoughts(dllm: DLLM) -> DLLM:
+    """Qwen3's template opens an empty chain of thought, as its diffusion checkpoints were trained."""
+    dllm.template_options = {"enable_thinking": False}
+    return dllm
