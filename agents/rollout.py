@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,10 +61,23 @@ def evaluate(
     """Decode ``examples`` with a heuristic or a policy; ``alpha`` sets the knob of an environment with a range of them.
 
     An episode's result depends on its place in ``examples`` and on ``seed`` (where draws are involved at all), not on
-    the number of lanes nor on its company.
+    the number of lanes nor on its company. A network is evaluated without its dropout.
     """
     alphas = None if alpha is None else [alpha] * len(examples)
-    return _play(env, lambda step: decider(step.observation, step.noise), examples, seed, alphas)
+    with _without_dropout(getattr(decider, "policy", None)):
+        return _play(env, lambda step: decider(step.observation, step.noise), examples, seed, alphas)
+
+
+@contextmanager
+def _without_dropout(network: Any) -> Iterator[None]:
+    if not isinstance(network, torch.nn.Module) or not network.training:
+        yield
+        return
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
 
 
 class Player(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -25,6 +25,7 @@ from dllm_gym.deciders.policy import Policy
 from dllm_gym.deciders.rules import Rule
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM, load_dllm
+from dllm_gym.models.base import own_block
 from dllm_gym.models.load import check_device
 from dllm_gym.process.entries import COUNTS, FLAGS
 from dllm_gym.process.rewards import AlphaRange
@@ -34,7 +35,11 @@ from dllm_gym.tasks import ProceduralTask
 log = logging.getLogger(__name__)
 
 MOST_THREADS = 1024  # beyond this starting them fails
-MODELS_OWN = ("hidden_size", "vocab_size")  # settings of a policy that are the dLLM's own where they are null
+MODELS_OWN: dict[str, Callable[[DLLM], Any]] = {  # of a policy: the dLLM's own where they are null
+    "hidden_size": lambda dllm: dllm.hidden_size,
+    "vocab_size": lambda dllm: dllm.vocab_size,
+    "own_block": own_block,
+}
 SAMPLE = 200  # examples whose answers are measured
 
 
@@ -64,10 +69,10 @@ def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
 
 
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
-    """The policy network of a configuration; ``hidden_size: null`` and ``vocab_size: null`` are the dLLM's own."""
-    for size in MODELS_OWN:
+    """The policy network of a configuration; what is null of ``MODELS_OWN`` is the dLLM's own."""
+    for size, own in MODELS_OWN.items():
         if size in cfg.policy and cfg.policy[size] is None:
-            cfg.policy[size] = getattr(make_dllm(cfg, device), size)
+            cfg.policy[size] = own(make_dllm(cfg, device))
     return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
 
 

@@ -9,6 +9,7 @@ from dllm_gym.deciders.distributions import (
     UnmaskDistribution,
     ZeroTruncatedBernoulli,
 )
+from dllm_gym.deciders.lup import DiTConfidenceLUP, DiTHiddenLUP
 from dllm_gym.deciders.networks import DiTConfidence, DiTHidden, MLPPolicy, UPOPolicy
 from dllm_gym.deciders.player import PolicyDecider, make_actor
 from dllm_gym.deciders.policy import Policy
@@ -44,7 +45,9 @@ __all__ = [
     "Blockwise",
     "CertaintyPrior",
     "DiTConfidence",
+    "DiTConfidenceLUP",
     "DiTHidden",
+    "DiTHiddenLUP",
     "DynamicPlackettLuce",
     "EntropyBounded",
     "EntropyThreshold",

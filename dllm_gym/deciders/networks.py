@@ -83,8 +83,8 @@ class DiTConfidence(Policy):
         blocks: int = 1,
         candidates: int | None = None,
     ):
-        _check_heads("width", width, heads)
-        _check_counts(ffn=ffn, top_k=top_k, blocks=blocks)
+        check_heads("width", width, heads)
+        check_counts(ffn=ffn, top_k=top_k, blocks=blocks)
         vocab_size = whole("vocab_size", vocab_size, least=0)
         number("time_period", time_period, above=0)
         for name, weight in (("odds", odds), ("bound", bound), ("haste", haste)):
@@ -113,7 +113,7 @@ class DiTConfidence(Policy):
         seen = dict(zip(self.reads, rows, strict=True))
         x, masked = self._embed(seen), seen["mask"][..., None] != 0  # (B, L, d), (B, L, 1)
         time = sinusoid(seen["time"], x.shape[-1], self.time_period)
-        condition = _condition(self.time_mlp, self.mask_embedding, time)
+        condition = conditions(self.time_mlp, self.mask_embedding, time)
         if self.preference_mlp is not None:
             wish = sinusoid(seen["preference"], x.shape[-1], self.time_period).to(x.dtype)
             condition = condition + self.preference_mlp(wish)[:, None]
@@ -185,9 +185,9 @@ class DiTHidden(Policy):
         time_period: float = 0.01,
         candidates: int | None = None,
     ):
-        width = _check_hidden_size(hidden_size)
-        _check_heads("hidden_size", width, heads)
-        _check_counts(ffn=ffn)
+        width = check_hidden_size(hidden_size)
+        check_heads("hidden_size", width, heads)
+        check_counts(ffn=ffn)
         number("time_period", time_period, above=0)
         super().__init__(candidates=candidates, hidden_size=width)
         self.time_period = time_period
@@ -200,9 +200,9 @@ class DiTHidden(Policy):
 
     def trunk(self, hidden: Tensor, mask: Tensor, time: Tensor) -> Tensor:
         masked = mask[..., None] != 0  # (B, L, 1)
-        condition = _condition(self.time_mlp, self.mask_embedding, sinusoid(time, self.width, self.time_period))
+        condition = conditions(self.time_mlp, self.mask_embedding, sinusoid(time, self.width, self.time_period))
         x = self.block(hidden.to(self.head.weight.dtype), condition, masked)  # (B, L, d)
-        shift, scale = _by_mask(self.final_modulation(condition), masked).chunk(2, dim=-1)
+        shift, scale = by_mask(self.final_modulation(condition), masked).chunk(2, dim=-1)
         return self.final_norm(x) * (1 + scale) + shift
 
 
@@ -244,9 +244,9 @@ class UPOPolicy(Policy):
         output_bias: float = -2.0,
         candidates: int | None = None,
     ):
-        hidden_size = _check_hidden_size(hidden_size)
-        _check_heads("hidden_size", hidden_size, heads)
-        _check_counts(width=width, ffn=ffn, top_k=top_k)
+        hidden_size = check_hidden_size(hidden_size)
+        check_heads("hidden_size", hidden_size, heads)
+        check_counts(width=width, ffn=ffn, top_k=top_k)
         super().__init__(candidates=candidates, top_k=top_k, hidden_size=hidden_size)
         self.block = TransformerBlock(hidden_size, ffn, heads)
         self.block_norm = nn.LayerNorm(hidden_size)
@@ -283,7 +283,7 @@ class MLPPolicy(Policy):
     """
 
     def __init__(self, *, width: int = 128, top_k: int = 1, output_bias: float = -2.0, candidates: int | None = None):
-        _check_counts(width=width, top_k=top_k)
+        check_counts(width=width, top_k=top_k)
         super().__init__(candidates=candidates, top_k=top_k)
         self.mlp = nn.Sequential(nn.Linear(top_k + 2, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.head = smart_head(width, output_bias)
@@ -294,17 +294,17 @@ class MLPPolicy(Policy):
         return self.mlp(x.to(self.head.weight.dtype))
 
 
-def _check_counts(**settings: int) -> None:
+def check_counts(**settings: int) -> None:
     for name, value in settings.items():
         whole(name, value)
 
 
-def _check_heads(name: str, width: int, heads: int) -> None:
+def check_heads(name: str, width: int, heads: int) -> None:
     if whole(name, width) % (2 * whole("heads", heads)):
         raise ValueError(f"{name}={width} is not valid with heads={heads}: a multiple of 2 * heads is (rotary halves)")
 
 
-def _check_hidden_size(hidden_size: int | None) -> int:
+def check_hidden_size(hidden_size: int | None) -> int:
     if hidden_size is None:
         raise ValueError(
             "hidden_size=None is not valid: it is the width of the dLLM's hidden states (the hidden_size of the "
@@ -344,7 +344,7 @@ class DiTBlock(TransformerBlock):
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """x [B, L, d]; condition [B, 2, d] for mask 0 and 1; mask bool [B, L, 1]. Returns [B, L, d]."""
-        modulation = _by_mask(self.modulation(condition), mask)  # (B, L, 6d)
+        modulation = by_mask(self.modulation(condition), mask)  # (B, L, 6d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
         x = x + gate_a * self._attend(self.attention_norm(x) * (1 + scale_a) + shift_a)
         return x + gate_f * self.ffn(self.ffn_norm(x) * (1 + scale_f) + shift_f)
@@ -362,13 +362,13 @@ def _time_mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
 
-def _condition(time_mlp: nn.Module, mask_embedding: nn.Embedding, time: Tensor) -> Tensor:
+def conditions(time_mlp: nn.Module, mask_embedding: nn.Embedding, time: Tensor) -> Tensor:
     """The two conditions of a row, [B, 2, d] for unmasked and masked positions, from its embedded time [B, d]."""
     weight = mask_embedding.weight
     return time_mlp(time.to(weight.dtype))[:, None] + weight
 
 
-def _by_mask(modulation: Tensor, mask: Tensor) -> Tensor:
+def by_mask(modulation: Tensor, mask: Tensor) -> Tensor:
     """Each position's own modulation [B, L, c], from those of the two conditions [B, 2, c] and mask bool [B, L, 1].
 
     Projecting the two conditions first and choosing then saves a third of a block's arithmetic.

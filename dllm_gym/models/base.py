@@ -171,3 +171,22 @@ class DLLM:
 def positions_of(attention_mask: Tensor) -> Tensor:
     """Positions [B, T] counted from each row's first token; 0 on the padding before it."""
     return (attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def own_block(dllm: DLLM) -> dict[str, float]:
+    """What a dLLM's blocks are built of, for a policy with blocks of the same kind.
+
+    Raises:
+        ValueError: they are not Llama's (RMS norms, rotary positions, SwiGLU, no biases).
+    """
+    config: Any = dllm.backbone.config
+    kind = getattr(config, "model_type", None)
+    if kind != "llama" or config.attention_bias or config.mlp_bias:
+        raise ValueError(f"own_block: the blocks of this model ({kind}) are not LLaDA's, which a policy could copy")
+    return {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "ffn": config.intermediate_size,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "norm_eps": config.rms_norm_eps,
+    }

@@ -78,7 +78,9 @@ POLICIES = [name for name in choices("policy") if name != "dit_confidence"]  # t
     list(itertools.product(choices("agent"), POLICIES, choices("distribution"))),
 )
 def test_two_updates_or_a_reason(scripts, envs, agent, policy, distribution):
-    overrides = (f"agent={agent}", f"policy={policy}", f"distribution={distribution}")
+    overrides = [f"agent={agent}", f"policy={policy}", f"distribution={distribution}"]
+    if policy.endswith("_lup"):  # they do not begin as the identity: our rate throws them off in one step
+        overrides.append("agent.algorithm.optimizer.lr=3e-5")
     if (agent, distribution) in REASONS:
         with pytest.raises(ValueError, match=REASONS[agent, distribution]):
             two_updates(scripts, envs, *overrides)

@@ -15,21 +15,27 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 
 from dllm_gym.deciders.distributions import BernoulliArgmax, ZeroTruncatedBernoulli
+from dllm_gym.deciders.lup import DiTConfidenceLUP, DiTHiddenLUP
 from dllm_gym.deciders.networks import DiTConfidence, DiTHidden, MLPPolicy, UPOPolicy
 from dllm_gym.deciders.player import PolicyDecider, make_actor
 from dllm_gym.deciders.policy import Policy
 
+OWN = {"heads": 3, "kv_heads": 3, "ffn": 32, "rope_theta": 500.0, "norm_eps": 1e-5}
 SMALL = {
     DiTConfidence: {"width": 16, "ffn": 32, "top_k": 2},
     DiTHidden: {"hidden_size": 24, "ffn": 32, "heads": 3},
     UPOPolicy: {"hidden_size": 24, "width": 16, "ffn": 32, "heads": 3, "top_k": 4},
     MLPPolicy: {"width": 16, "top_k": 3},
+    DiTConfidenceLUP: {"width": 16, "ffn": 32, "top_k": 2, "num_blocks": 2},
+    DiTHiddenLUP: {"hidden_size": 24, "own_block": OWN, "time_embed_dim": 10},
 }
 READS = {
     DiTConfidence: ("confidence", "mask", "time"),
     DiTHidden: ("hidden", "mask", "time"),
     UPOPolicy: ("hidden", "confidence", "mask", "action_mask"),
     MLPPolicy: ("confidence", "mask", "time"),
+    DiTConfidenceLUP: ("confidence", "mask", "time"),
+    DiTHiddenLUP: ("hidden", "mask", "time"),
 }
 each_family = pytest.mark.parametrize("family", SMALL, ids=lambda family: family.__name__)
 
@@ -114,7 +120,7 @@ def test_more_confidences_than_it_reads_change_nothing(family):
     assert torch.equal(call(policy, {**obs, "confidence": wider}), call(policy, obs))
 
 
-@pytest.mark.parametrize("family", [DiTConfidence, DiTHidden, UPOPolicy])
+@pytest.mark.parametrize("family", [DiTConfidence, DiTHidden, UPOPolicy, DiTConfidenceLUP, DiTHiddenLUP])
 def test_positions_see_each_other(family):
     policy, obs = make(family), observation(1)
     changed = {k: v.clone() for k, v in obs.items()}
@@ -164,7 +170,7 @@ def test_sizes_follow_from_the_layers(d, ffn):
     assert parameters(MLPPolicy(width=d, top_k=3)) == (5 * d + d) + (d * d + d) + (d + 1)
 
 
-@each_family
+@pytest.mark.parametrize("family", [DiTConfidence, DiTHidden, UPOPolicy, MLPPolicy])
 def test_smart_init_is_slow_nearly_uniform_and_for_any_width(family):
     for width in (48, 384):
         name = "hidden_size" if "hidden" in READS[family] else "width"
@@ -238,6 +244,8 @@ def test_requirements_are_the_settings_of_the_environment():
         DiTHidden: {"hidden": 1},
         UPOPolicy: {"top_k": 4, "hidden": 1},
         MLPPolicy: {"top_k": 3},
+        DiTConfidenceLUP: {"top_k": 2},
+        DiTHiddenLUP: {"hidden": 1},
     }
     assert make(DiTHidden, candidates=3).requires == {"top_k": 1, "hidden": 1}
     assert PolicyDecider(make(UPOPolicy), BernoulliArgmax).requires == {"top_k": 4, "hidden": 1}
@@ -275,14 +283,19 @@ INVALID = [
     *((family, {"ffn": 0}) for family in (DiTConfidence, DiTHidden, UPOPolicy)),
     *((family, {"top_k": 0}) for family in (UPOPolicy, MLPPolicy)),
     *((family, {"width": 0}) for family in (UPOPolicy, MLPPolicy)),
-    (DiTHidden, {"time_period": 0.0}),
+    *((family, {"time_period": 0.0}) for family in (DiTHidden, DiTConfidenceLUP, DiTHiddenLUP)),
+    *((family, {"num_blocks": 0}) for family in (DiTConfidenceLUP, DiTHiddenLUP)),
+    *((family, {"time_embed_dim": 1}) for family in (DiTConfidenceLUP, DiTHiddenLUP)),
+    *((family, {"block_length": 0}) for family in (DiTConfidenceLUP, DiTHiddenLUP)),
+    *((family, {"full_context": "no"}) for family in (DiTConfidenceLUP, DiTHiddenLUP)),
+    (DiTConfidenceLUP, {"dropout": 1.5}),
 ]
 
 
 @pytest.mark.parametrize(("family", "settings"), INVALID)
 def test_invalid_settings_are_named(family, settings):
     (name, value), *_ = settings.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
         make(family, **settings)
 
 

@@ -102,6 +102,7 @@ PUBLISHED = {  # what Learning Unmasking Policies trains with
     "policy.heads": 2,
     "policy.top_k": 1,
     "policy.output_bias": -2.0,
+    "policy._target_": "dllm_gym.deciders.lup.DiTConfidenceLUP",
     "policy.time_period": 1.0,
     "distribution.train.path": "dllm_gym.deciders.distributions.MaskedBernoulli",
     "distribution.evaluate.path": "dllm_gym.deciders.distributions.BernoulliArgmax",
