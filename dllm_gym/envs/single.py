@@ -101,8 +101,8 @@ class DLLMUnmaskEnv(gym.Env):
 
     ## Arguments
     The fields of :class:`~dllm_gym.process.config.EnvConfig` (``model, task, split, gen_length, max_prompt_length,
-    block_length, top_k, temperature, reward, alpha, max_episode_steps, stop_at_eos, lookahead, cache, hidden, entropy,
-    margin, committed, tokens, kl, device, dtype``) and ``render_mode``.
+    block_length, block_origin, top_k, temperature, reward, alpha, max_episode_steps, stop_at_eos, lookahead, cache,
+    hidden, entropy, margin, committed, tokens, kl, device, dtype``) and ``render_mode``.
     ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
     ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
     the process.

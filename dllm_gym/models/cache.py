@@ -53,6 +53,7 @@ class BlockCache:
         dllm: a dLLM on one of transformers' decoders.
         kind: ``"prefix"`` or ``"dual"``.
         lanes: B. length: L, tokens of a completion. block_length: BL, of the environment's blocks.
+        from_prompt: which are counted from the row's first token, not from the completion's.
 
     Raises:
         ValueError: there is no such kind, or the dLLM has no keys and values to keep.
@@ -62,7 +63,7 @@ class BlockCache:
         store: a tensor [2 (keys, values), B, W, heads, size] per layer, right-aligned; W grows with the longest row.
     """
 
-    def __init__(self, dllm: DLLM, kind: str, lanes: int, length: int, block_length: int):
+    def __init__(self, dllm: DLLM, kind: str, lanes: int, length: int, block_length: int, *, from_prompt: bool = False):
         view = view_of(dllm)
         if kind not in KINDS:
             raise ValueError(f"cache={kind!r} is not valid: choose 'none', 'prefix' or 'dual'")
@@ -71,7 +72,7 @@ class BlockCache:
         backbone: Any = dllm.backbone
         backbone.set_attn_implementation(ATTENTION)  # a forward without lanes computes what it did before
         self.dllm, self.kind, self.view = dllm, kind, view
-        self.L, self.block_length = length, block_length
+        self.L, self.block_length, self.from_prompt = length, block_length, from_prompt
         self.exact = view.block is not None
         self.active = np.full(lanes, -1)  # each lane's active block when it was last encoded; -1: nothing is stored
         self.width = length  # W
@@ -109,9 +110,10 @@ class BlockCache:
         """Where the rows' windows begin and end, each int64 [b], counted from the end of the row: 1 is the last token,
         and a window that ends at 0 contains it."""
         before, size = self.active[lanes], self.view.block
-        begin = self.L - before * self.block_length  # the first token that may have changed
+        whole = self.L + ((length - self.L) % self.block_length if self.from_prompt else 0)  # with the first block's
+        begin = np.minimum(whole - before * self.block_length, self.L)  # the first token that may have changed
         begin = begin + self.view.shift  # what predicts it
-        end = self.L - (block + 1) * self.block_length
+        end = np.maximum(whole - (block + 1) * self.block_length, 0)
         if size is None:
             refresh = before != block
         else:

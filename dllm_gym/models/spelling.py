@@ -101,8 +101,9 @@ class Spelling:
 
 def unknown_id(tokenizer: Any) -> int | None:
     """The token for what the vocabulary lacks, as the tokenizer or the model inside it names it; None without one."""
-    if tokenizer.unk_token_id is not None:
-        return tokenizer.unk_token_id
+    named = getattr(tokenizer, "unk_token_id", None)
+    if named is not None:
+        return named
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     name = getattr(model, "unk_token", None)
     return tokenizer.get_vocab().get(name) if name else None

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from dllm_gym.checks import flag, number, whole
+from dllm_gym.checks import choice, flag, number, whole
 from dllm_gym.models import DLLM
 from dllm_gym.process.rewards import AlphaRange, Reward
 from dllm_gym.tasks import Task
 
 LENGTHS = ("gen_length", "max_prompt_length", "block_length", "max_episode_steps")  # None, or at least 1
+ORIGINS = ("completion", "prompt")
 EMPTY = -1  # in place of an example: the lane holds no episode
 
 
@@ -27,7 +28,10 @@ class EnvConfig:
         split: the task's split that prompts come from.
         gen_length: L, tokens of a completion; the task's own length by default.
         max_prompt_length: leave out examples whose prompt, template included, has more tokens; None keeps all.
-        block_length: BL, must divide L; only the first block with masks may be unmasked. L (full diffusion) by default.
+        block_length: BL; only the first block with masks may be unmasked. L (full diffusion) by default.
+        block_origin: where blocks are counted from: ``"completion"``, whose blocks are whole (BL must divide L), or
+            ``"prompt"``, its first token, so that the completion's first block is shorter, and its last one ends with
+            it. By default what the dLLM's own code does: ``"prompt"`` for block-causal ones.
         top_k: K, how many of the largest probabilities are observed per position.
         temperature: of the proposed tokens; 0 is greedy.
         reward: ``"multiplicative"``, ``"additive"`` or a callable (score, steps, L) -> reward. Where examples
@@ -64,6 +68,7 @@ class EnvConfig:
     gen_length: int | None = None
     max_prompt_length: int | None = None
     block_length: int | None = None
+    block_origin: str | None = None
     top_k: int = 1
     temperature: float = 0.0
     reward: str | Reward = "multiplicative"
@@ -88,6 +93,8 @@ class EnvConfig:
                 self._put(field.name, flag(field.name, value))
             elif field.name in LENGTHS and value is not None:
                 self._put(field.name, whole(field.name, value))
+        if self.block_origin is not None:
+            choice("block_origin", self.block_origin, ORIGINS)
         self._put("top_k", whole("top_k", self.top_k))
         self._put("kl", whole("kl", self.kl, least=0))
         self._put("temperature", number("temperature", self.temperature, least=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,11 +17,31 @@ from dllm_gym.process.predictions import Predictions, Request
 from dllm_gym.process.starts import Start
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Which positions of a completion are decoded together.
+
+    Attributes:
+        length: BL. from_prompt: blocks are counted from the prompt's first token, not from the completion's.
+    """
+
+    length: int
+    from_prompt: bool = False
+
+    def before(self, prompt: np.ndarray) -> np.ndarray:
+        """int64 [n]: how many positions of the completion's first block lie in prompts of so many tokens."""
+        return prompt % self.length if self.from_prompt else np.zeros_like(prompt)
+
+    def of(self, prompt: np.ndarray, length: int) -> np.ndarray:
+        """int64 [n, L]: the block of every position, after prompts of so many tokens."""
+        return (self.before(prompt)[:, None] + np.arange(length)) // self.length
+
+
 class State:
     """B rows of tokens, each on its way from blanks to an answer.
 
     Args:
-        dllm: whose tokens. lanes: B. length: L. block_length: BL, which divides L.
+        dllm: whose tokens. lanes: B. length: L. blocks: what is decoded together.
 
     Attributes:
         tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
@@ -33,8 +54,8 @@ class State:
             many of them in the active block; first_mask: the position of the first one.
     """
 
-    def __init__(self, dllm: DLLM, lanes: int, length: int, block_length: int, *, certainty: bool):
-        self.dllm, self.B, self.L, self.block_length = dllm, lanes, length, block_length
+    def __init__(self, dllm: DLLM, lanes: int, length: int, blocks: Blocks, *, certainty: bool):
+        self.dllm, self.B, self.L, self.blocks = dllm, lanes, length, blocks
         device = dllm.device
         self.tokens = torch.full((lanes, length), dllm.eos_id, device=device)  # no mask: every lane starts empty
         self.starts = [Start.of([], [dllm.eos_id] * length, dllm.mask_id)] * lanes
@@ -46,7 +67,7 @@ class State:
         self.fresh = torch.zeros(lanes, length, dtype=torch.bool, device=device)
         self.certainty: Tensor | None = torch.zeros(lanes, length, device=device) if certainty else None
         self.position = torch.arange(length, device=device)
-        self.block = self.position // block_length
+        self.block: Tensor = torch.zeros(lanes, length, dtype=torch.int64, device=device)
         self.stop_ids = torch.tensor(sorted(dllm.stop_ids), device=device)
 
     @property
@@ -54,10 +75,17 @@ class State:
         """bool [B, L], positions not yet committed."""
         return self.tokens[:, -self.L :] == self.dllm.mask_id
 
-    def legal(self, mask: Tensor) -> Tensor:
-        """bool [B, L], masked positions of each lane's active block, the first block that still has masks."""
-        active = torch.where(mask, self.block, self.L).amin(1, keepdim=True)  # (B, 1)
-        return mask & (self.block == active)
+    @property
+    def block_length(self) -> int:
+        """BL"""
+        return self.blocks.length
+
+    def legal(self, mask: Tensor, lanes: Tensor | None = None) -> Tensor:
+        """bool [B, L], masked positions of each lane's active block, the first block that still has masks; or [b, L] of
+        the lanes int64 [b]."""
+        block = self.block if lanes is None else self.block[lanes]
+        active = torch.where(mask, block, self.L).amin(1, keepdim=True)  # (B, 1)
+        return mask & (block == active)
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -82,7 +110,9 @@ class State:
         self.running[lanes] = self.stale[lanes] = examples != EMPTY
         masked = np.stack([start.blanks for start in starts])  # (n, L)
         first = masked.argmax(1)
-        inside = np.arange(self.L) // self.block_length == first[:, None] // self.block_length
+        block = self.blocks.of(np.array([len(start.prompt) for start in starts]), self.L)  # (n, L)
+        self.block[where] = upload(block, self.tokens.device)
+        inside = block == np.take_along_axis(block, first[:, None], 1)
         self.blanks[lanes] = self.masked[lanes] = masked.sum(1)
         self.unmaskable[lanes] = (masked & inside).sum(1)
         self.first_mask[lanes] = first
@@ -96,7 +126,7 @@ class State:
     def tensors(self) -> list[Tensor]:
         """What is kept per lane on the device, [B, ...] each."""
         optional = [] if self.certainty is None else [self.certainty]
-        return [self.tokens, self.steps, self.key, self.fresh, *optional]
+        return [self.tokens, self.steps, self.key, self.fresh, self.block, *optional]
 
     def request(self, lanes: np.ndarray, lookahead: bool) -> Request:
         """What to ask of the dLLM about some lanes: all their masked positions, or the legal ones only."""
@@ -104,13 +134,14 @@ class State:
         tokens = self.tokens[index]
         mask = tokens[:, -self.L :] == self.dllm.mask_id
         untouched = self.masked == self.blanks
+        prompt = np.array([len(self.starts[lane].prompt) for lane in lanes])
         return Request(
             lanes=lanes,
-            length=np.array([len(self.starts[lane].prompt) for lane in lanes]) + self.L,
+            length=prompt + self.L,
             tokens=tokens,
-            where=mask if lookahead else self.legal(mask),
+            where=mask if lookahead else self.legal(mask, index),
             count=(self.masked if lookahead else self.unmaskable)[lanes],
-            block=self.first_mask[lanes] // self.block_length,
+            block=(self.blocks.before(prompt) + self.first_mask[lanes]) // self.block_length,
             key=fold(self.key[index], self.steps[index]),
             start=[self.starts[lane].row.astype(np.int32).tobytes() if untouched[lane] else None for lane in lanes],
         )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dllm_gym.checks import whole
-from dllm_gym.models import Sampling, load_dllm
+from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.models.batches import upload
+from dllm_gym.models.views import View
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import ENTRIES, FLAGS, Entry, Moment
 from dllm_gym.process.frames import frame_of
@@ -26,7 +27,7 @@ from dllm_gym.process.grading import Grading, Outcome
 from dllm_gym.process.predictions import Predictions, Work
 from dllm_gym.process.rewards import AlphaRange, Pay
 from dllm_gym.process.starts import Starts
-from dllm_gym.process.state import State
+from dllm_gym.process.state import Blocks, State
 from dllm_gym.render import Frame
 from dllm_gym.tasks import make_task
 
@@ -44,7 +45,19 @@ def make_cache(kind: str, lanes: State) -> BlockCache | None:
 
     if lanes.dllm.compiled:
         raise ValueError(f"cache={kind!r}: the windows of a cache are not compiled, load the dLLM without compile")
-    return BlockCache(lanes.dllm, kind, lanes.B, lanes.L, lanes.block_length)
+    return BlockCache(lanes.dllm, kind, lanes.B, lanes.L, lanes.blocks.length, from_prompt=lanes.blocks.from_prompt)
+
+
+def blocks_of(config: EnvConfig, dllm: DLLM, length: int) -> Blocks:
+    """The blocks of completions of L tokens; ValueError for such as do not fit."""
+    if config.block_length is None:
+        return Blocks(length)
+    own = "completion" if getattr(dllm, "view", View()).block is None else "prompt"
+    if (config.block_origin or own) == "prompt":
+        return Blocks(config.block_length, from_prompt=True)
+    if length % config.block_length:
+        raise ValueError(f"block_length={config.block_length} does not divide gen_length={length}")
+    return Blocks(config.block_length)
 
 
 class Unmasking(State):
@@ -70,19 +83,17 @@ class Unmasking(State):
         self.stop_at_eos, self.lookahead = config.stop_at_eos, config.lookahead
         self.task = make_task(config.task)
         L = config.gen_length or whole("gen_length", self.task.gen_length)
-        block_length = config.block_length or L
-        if L % block_length:
-            raise ValueError(f"block_length={block_length} does not divide gen_length={L}")
         self.max_steps: int = config.max_episode_steps or L
         asked = {each.name: getattr(config, each.name) for each in fields(Sampling) if each.name in FLAGS}
         self.shows_tokens = config.tokens
         self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0)
         dllm = load_dllm(config.model, config.device, config.dtype)
+        blocks = blocks_of(config, dllm, L)
         if config.top_k > dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {dllm.vocab_size} tokens")
         self.source = Starts(self.task, dllm, L, config)
         self.examples, self.dropped = self.source.examples, self.source.dropped
-        super().__init__(dllm, B, L, block_length, certainty=config.committed)
+        super().__init__(dllm, B, L, blocks, certainty=config.committed)
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
         self.preference: Tensor = torch.zeros(B, device=dllm.device)
         cache = make_cache(config.cache, self)

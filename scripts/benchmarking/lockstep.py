@@ -103,20 +103,21 @@ class Batch:
         self.tokens, self.attention_mask = left_padded(self.dllm, [start.prompt.tolist() for start in starts], core.L)
         self.tokens[:, -core.L :] = torch.tensor(np.stack([start.completion for start in starts]))
         self.completion = self.tokens[:, -core.L :]  # (B, L), a view
+        prompts = np.array([len(start.prompt) for start in starts])
+        self.block = torch.as_tensor(core.blocks.of(prompts, core.L), device=self.tokens.device)
         self.steps = torch.zeros_like(streams)
         self.padding = 0 if self.attention_mask is None else int((~self.attention_mask).sum())
         self.forwards, self.empty = 0, torch.zeros((), dtype=torch.int64, device=streams.device)
 
     def decode(self, decider: Decider) -> None:
-        for block in range(self.core.L // self.core.block_length):
+        for block in range(int(self.block.max()) + 1):
             while (legal := self.legal(block)).any():  # until the slowest row is done
                 self.step(decider, legal)
 
     def legal(self, block: int) -> Tensor:
         """bool [B, L]: what may be unmasked while the batch is in this block."""
         mask = self.completion == self.dllm.mask_id
-        inside = torch.arange(self.core.L, device=mask.device) // self.core.block_length == block
-        return mask & inside & (self.steps < self.core.max_steps)[:, None]
+        return mask & (self.block == block) & (self.steps < self.core.max_steps)[:, None]
 
     def step(self, decider: Decider, legal: Tensor) -> None:
         proposal, confidence = predict_everything(self.dllm, self.tokens, self.attention_mask, self.core.sampling.top_k)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from test_families import (
@@ -23,6 +24,7 @@ from test_families import (
     conversations,
     dream,
     llada2,
+    llada2_forward,
     padded,
     qwen,
     qwen_shapes,
@@ -34,8 +36,10 @@ from test_families import (
 from torch import Tensor
 from torch.nn.functional import silu
 
-from dllm_gym.models import Sampling, load_dllm
+import dllm_gym  # noqa: F401 - registers the environment
+from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.prompt import Chat
+from dllm_gym.tasks import ProceduralTask
 
 # ---------------------------------------------------------------------------------------------------- plain torch
 
@@ -443,3 +447,114 @@ def test_a_template_of_a_task_has_no_unknown_tokens_either(tmp_path):
     knows_unknown(folder, named=True)
     with pytest.raises(ValueError, match="tokenizer has no tokens"):
         load_dllm(folder).spelling.plain("ab\u2603")
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+
+def own_generation(logits_of: Callable, dllm: DLLM, prompt: list[int], length: int, block: int) -> tuple:
+    """What block-causal dLLMs' own code writes: masks up to a whole block, blocks from position 0, of each block after
+    the other all tokens surer than 0.3, or the surest. The tokens in whole blocks of prompt and completion, the steps.
+    """
+    tokens = prompt + [dllm.mask_id] * (-(-(len(prompt) + length) // block) * block - len(prompt))
+    whole, steps = (len(prompt) + length) // block, 0
+    for end in range(len(prompt) // block * block + block, whole * block + 1, block):
+        while dllm.mask_id in tokens[:end]:
+            logits = logits_of(tokens[:end])
+            logits[:, list(dllm.forbidden_ids)] = -torch.inf
+            sure, token = logits.softmax(-1).max(-1)
+            masked = torch.tensor(tokens[:end]) == dllm.mask_id
+            chosen = masked & ((sure > 0.3) | (sure == sure[masked].max()))
+            for i in chosen.nonzero()[:, 0].tolist():
+                tokens[i] = int(token[i])
+            steps += 1
+    return tokens[len(prompt) : whole * block], steps
+
+
+class Letters(ProceduralTask):
+    """Prompts of 0 to 17 letters."""
+
+    name, gen_length = "letters", 40
+
+    def generate(self, rng):
+        return {"letters": "".join(rng.choice("abcdefgh") for _ in range(rng.randint(0, 17)))}
+
+    def prompt(self, example):
+        return example["letters"]
+
+    def grade(self, example, completion):
+        return 0.0
+
+    def solution(self, example):
+        return ""
+
+
+BLOCKED = {"LLaDA2": Case(llada2, block=32), "Fast-dLLM v2": CASES["Fast-dLLM v2"], "SDAR": CASES["SDAR"]}
+BLOCKED |= {"Stable-DiffCoder": CASES["Stable-DiffCoder"]}
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix"])
+@pytest.mark.parametrize("family", BLOCKED)
+def test_block_causal_dllms_decode_as_their_own_code_does(tmp_path, family, cache):
+    case = BLOCKED[family]
+    folder = case.make(tmp_path / "checkpoint", max_position_embeddings=100)
+    dllm, L = load_dllm(folder, chat_template=False), 72 if case.block == 32 else 40
+    weights, raw = read(folder)
+    task = Letters(sizes={"train": 18, "validation": 1, "test": 1})
+    env = gym.make("DLLMUnmask-v0", model=dllm, task=task, gen_length=L, block_length=case.block, cache=cache)
+    lengths = set()
+    for example in range(18):
+        observation, info = env.reset(options={"examples": example})
+        steps = []
+        while "episode" not in info:
+            legal = observation["action_mask"] == 1
+            sure = observation["confidence"][:, 0] * legal
+            steps.append(legal.nonzero()[0])
+            observation, *_, info = env.step((sure > 0.3) | (legal & (sure == sure.max())))
+        prompt = dllm.encode(task.prompt(task.examples("train")[example]))
+
+        def logits_of(tokens: list[int]) -> Tensor:
+            return llada2_forward(weights, raw, tokens) if family == "LLaDA2" else case.logits(weights, raw, tokens)
+
+        expected, nfe = own_generation(logits_of, dllm, prompt, L, case.block)
+        assert env.unwrapped.core.tokens[0, -L:][: len(expected)].tolist() == expected
+        assert sum(int(where.max()) < len(expected) for where in steps) == nfe
+        lengths.add(len(prompt))
+    assert len(lengths) > 8
+
+
+def test_blocks_are_counted_from_where_it_is_asked(tmp_path):
+    dllm = load_dllm(sdar(tmp_path / "checkpoint"), chat_template=False)
+    task = Letters(sizes={"train": 30, "validation": 1, "test": 1})
+    texts = [task.prompt(example) for example in task.examples("train")]
+    example = next(i for i, text in enumerate(texts) if len(text) % 4 == 3)
+
+    def legal(**settings) -> list[int]:
+        env = gym.make("DLLMUnmask-v0", model=dllm, task=task, **settings)
+        return env.reset(options={"examples": example})[0]["action_mask"].nonzero()[0].tolist()
+
+    assert legal(block_length=4) == legal(block_length=4, block_origin="prompt") == [0]
+    assert legal(block_length=4, block_origin="completion") == [0, 1, 2, 3]
+    assert legal() == list(range(40))  # no blocks
+    assert len(legal(block_length=12)) == 12 - len(texts[example]) % 12  # BL need not divide L
+    two_way = gym.make("DLLMUnmask-v0", task="arithmetic", block_length=12)
+    assert two_way.reset(seed=0)[0]["action_mask"].sum() == 12
+    with pytest.raises(ValueError, match="block_length=12 does not divide gen_length=40"):
+        legal(block_length=12, block_origin="completion")
+    with pytest.raises(ValueError, match="block_origin='row' is not known: choose one of completion, prompt"):
+        legal(block_length=4, block_origin="row")
+
+
+def test_lanes_with_shorter_first_blocks_decode_as_alone(tmp_path):
+    dllm = load_dllm(sdar(tmp_path / "checkpoint"), chat_template=False)
+    task = Letters(sizes={"train": 18, "validation": 1, "test": 1})
+    settings = {"model": dllm, "task": task, "block_length": 8, "lookahead": False}
+    envs, env = gym.make_vec("DLLMUnmask-v0", num_envs=6, **settings), gym.make("DLLMUnmask-v0", **settings)
+    together, _ = envs.reset(options={"examples": list(range(6))})
+    for _ in range(10):
+        together, *_ = envs.step(together["action_mask"])  # block after block, each at once
+    for lane in range(6):
+        alone, info = env.reset(options={"examples": lane})
+        while "episode" not in info:
+            alone, *_, info = env.step(alone["action_mask"])
+        assert env.unwrapped.last_completion() == envs.unwrapped.core.completions[lane]

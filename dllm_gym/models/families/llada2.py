@@ -1,9 +1,9 @@
 """LLaDA2 (LLaDA2.0-mini, LLaDA2.0-flash) on transformers' Glm4Moe classes.
 
 A mixture-of-experts model that is block-causal: a token sees its own block of 32 positions, in both directions, and
-the blocks before it. Blocks are counted from the beginning of the prompt, so the environment's blocks are the same
-only where a prompt fills whole blocks. LLaDA2's own sampler rounds a sequence up to whole blocks with masks; here the
-sequence ends with the completion.
+the blocks before it. Blocks are counted from the beginning of the prompt, as the environment counts
+its own for such models. LLaDA2's own sampler rounds a sequence up to whole blocks with masks; here the sequence ends
+with the completion, which matters to its last block only.
 """
 
 from __future__ import annotations
