@@ -9,17 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, pad
 from torch import Tensor
 
+from dllm_gym.deciders.player import Decider
 from dllm_gym.envs.dealer import check_example
+from dllm_gym.envs.episodes import Step, play
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models.batches import upload
-from dllm_gym.noise import fold, uniform
-from dllm_gym.process.config import EMPTY
-
-Decider = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 @dataclass
@@ -43,16 +40,6 @@ class Results:
     lane_steps: int = 0
     empty_steps: float = 0.0
     idle_lanes: float = 0.0
-
-
-@dataclass
-class Step:
-    """One step of the n lanes that hold an episode: which episode, its how-manieth step, what is seen."""
-
-    episode: Tensor  # int64 [n]
-    time: Tensor  # int64 [n]
-    observation: dict[str, Tensor]  # [n, ...]
-    noise: Tensor  # float32 [n, L]
 
 
 def evaluate(
@@ -223,21 +210,6 @@ class Record:
         )
 
 
-def _begin(
-    env: DLLMUnmaskVectorEnv, examples: Sequence[int], seed: int, alphas: Sequence[float] | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put an example into every lane and the others into the queue."""
-    if env.autoreset_mode is not AutoresetMode.SAME_STEP:
-        raise ValueError(f"autoreset_mode={env.autoreset_mode.value!r}: rollouts need an environment with 'SameStep'")
-    B = env.num_envs
-    idle = max(B - len(examples), 0)
-    options: dict[str, Any] = {"examples": [*examples[:B], *[EMPTY] * idle], "queue": examples[B:]}
-    if alphas is not None:  # lanes without an episode have none of their own
-        options["alpha"] = [*alphas[:B], *[alphas[0]] * idle, *alphas[B:]]
-    # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
-    return env.reset(seed=int(np.random.default_rng(seed).integers(1 << 62)), options=options)
-
-
 def _play(
     env: DLLMUnmaskVectorEnv,
     decide: Callable[[Step], Tensor],
@@ -246,27 +218,14 @@ def _play(
     alphas: Sequence[float] | None,
 ) -> Results:
     """Run one episode per entry of ``examples``, refilling lanes as they finish."""
-    B, L, device = env.num_envs, env.core.L, env.device
-    chosen = [check_example(e, len(env.core.examples)) for e in examples]
-    record = Record(env, chosen)  # counts what the reset computes, too
-    observation, info = _begin(env, chosen, seed, alphas)
-    episodes = torch.arange(len(chosen), device=device)
-    streams = fold(torch.full((), seed, dtype=torch.int64, device=device), episodes)  # (E,)
-    time = torch.zeros(B, dtype=torch.int64, device=device)
-    moved = True  # lanes have begun other episodes
-    while "item" in info:
-        if moved:
-            busy = np.flatnonzero(info["_item"])
-            lanes, which = upload(busy, device), upload(info["item"][busy], device)
-        if len(busy) < B:  # nobody has to decide for the others
-            observation = {name: value[lanes] for name, value in observation.items()}
-        action = decide(Step(which, time[lanes], observation, uniform(streams[which], time[lanes], L)))
-        record.step(action, observation["action_mask"])
-        observation, _, _, _, info = env.step(action.new_zeros(B, L).index_copy_(0, lanes, action))
-        time += 1
-        moved = "episode" in info
-        if moved:
-            done = np.flatnonzero(info["_episode"])
-            record.end(done, info["episode"])
-            time[upload(done, device)] = 0
+    record = Record(env, [check_example(e, len(env.core.examples)) for e in examples])  # counts the reset's work, too
+
+    def decide_and_count(step: Step) -> Tensor:
+        action = decide(step)
+        record.step(action, step.observation["action_mask"])
+        return action
+
+    for ended in play(env, decide_and_count, record.examples, seed, alphas):
+        if len(ended.lanes):
+            record.end(ended.lanes, ended.episode)
     return record.results()

@@ -2,10 +2,15 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 from gymnasium.envs.registration import register
 
+if TYPE_CHECKING:
+    from dllm_gym.decode import Decoder
+
 __version__ = "0.1.0"
+__all__ = ["Decoder", "__version__"]
 
 register(
     id="DLLMUnmask-v0",
@@ -28,3 +33,12 @@ def _compute_alone() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compute_alone)
+
+
+def __getattr__(name: str) -> Any:
+    """``Decoder``, imported when it is asked for: it takes seconds."""
+    if name != "Decoder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dllm_gym.decode import Decoder
+
+    return Decoder

@@ -20,6 +20,7 @@ from agents.fronts import Row, sentences
 from agents.rollout import Decider, evaluate
 from dllm_gym.checks import distinct, number, whole
 from dllm_gym.checks import seed as check_seed
+from dllm_gym.deciders.manner import ENV, Manner
 from dllm_gym.deciders.player import PolicyDecider
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.deciders.rules import Rule
@@ -74,6 +75,31 @@ def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
         if size in cfg.policy and cfg.policy[size] is None:
             cfg.policy[size] = own(make_dllm(cfg, device))
     return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
+
+
+def manner_of(cfg: DictConfig, envs: DLLMUnmaskVectorEnv | None = None, recipe: str | None = None) -> Manner:
+    """How the policy of a configuration wants to be played; ``envs`` and ``recipe`` say what it is trained on and how.
+
+    Without an environment it says what the configuration alone does.
+    """
+    settings = hydra.utils.instantiate(cfg.distribution)
+    env = {name: cfg.env[name] for name in ENV if cfg.env.get(name) is not None}
+    task = getattr(hydra.utils.get_object(cfg.task._target_), "name", None)
+    dllm: dict[str, Any] = {}
+    if envs is not None:
+        core = envs.core
+        env |= {"gen_length": core.L, "block_length": core.blocks.length}
+        task, dllm = core.task.name, {"family": core.dllm.config.get("model_type"), "vocab_size": core.dllm.vocab_size}
+    return Manner(
+        distribution=settings.evaluate.__name__,
+        temperature=settings.evaluate_temperature,
+        alpha=None if AlphaRange.of(cfg.reward.alpha) is None else [float(a) for a in cfg.reward.alpha],
+        model=OmegaConf.to_container(cfg.model, resolve=True),
+        task=task,
+        env=env,
+        recipe=recipe,
+        **dllm,
+    )
 
 
 def requirements(deciders: Iterable[Any]) -> dict[str, int]:

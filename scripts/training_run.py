@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from factory import (
     make_envs,
     make_evaluation_envs,
     make_policy,
+    manner_of,
     policy_deciders,
     prepare,
     refuse_a_range_that_nothing_reads,
@@ -29,14 +31,14 @@ from factory import (
 )
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from run_folder import RunFolder, load_config, load_policy, load_run, naming
+from run_folder import OVERRIDES, RunFolder, load_config, load_policy, load_run, naming
 from settings import chosen_names
 from tqdm import tqdm
 
 from agents.algorithm import Algorithm
 from agents.fronts import policy_rewards
 from agents.rollout import evaluate
-from agents.runs.strangers import Refused
+from agents.runs.strangers import Refused, read_overrides
 from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
 from dllm_gym.checks import number, text, whole
 from dllm_gym.checks import seed as check_seed
@@ -380,6 +382,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     learner = make_learner(cfg, policy)
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
+    policy.manner = manner_of(cfg, envs, recipe(cfg, source))
     deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
     refuse_a_range_that_nothing_reads(cfg, deciders.values())
     test_envs = make_evaluation_envs(cfg, device, deciders)
@@ -393,6 +396,15 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     validated = all(row["validation_reward"] is not None for row in rows)
     # What Hydra's optimising sweepers maximise: not on the test split, where there is another.
     return max(policy_rewards(rows, "validation_reward" if validated else "reward").values())
+
+
+def recipe(cfg: DictConfig, source: Checkpoint | None) -> str:
+    """The command that trains this run's policy, seed included; of a resumed run, that which began it."""
+    overrides = HydraConfig.get().overrides.task
+    if source is not None and (source.run / OVERRIDES).is_file():
+        overrides = read_overrides(source.run / OVERRIDES)
+    seed = [] if any(override.startswith("seed=") for override in overrides) else [f"seed={cfg.seed}"]
+    return shlex.join(["python", "scripts/train.py", *overrides, *seed])
 
 
 def told(run: RunFolder) -> str:

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 
 # What each room of dllm_gym may import of the others: imports run one way. A new room needs a line here.
 MAY_IMPORT = {
-    **dict.fromkeys(["", "checks", "noise", "prompt", "render"], set()),
+    "": {"decode"},  # when it is asked for
+    **dict.fromkeys(["checks", "noise", "prompt", "render"], set()),
     "runs": set(),  # files only
     "deciders": {"runs"},  # tensors, and where they are stored: no environment, no model
     "models": {"noise", "prompt"},
     "tasks": {"prompt"},
     "process": {"models", "tasks", "noise", "render"},
     "envs": {"process", "models", "noise", "render"},
+    "decode": {"envs", "process", "models", "tasks", "deciders", "prompt"},
     **dict.fromkeys(["env", "vector_env", "torchrl_env", "sb3_env"], {"envs"}),  # names of before
 }
 EVERYWHERE = {"checks"}

@@ -10,8 +10,9 @@ from dllm_gym.deciders.distributions import (
     ZeroTruncatedBernoulli,
 )
 from dllm_gym.deciders.lup import DiTConfidenceLUP, DiTHiddenLUP
+from dllm_gym.deciders.manner import Manner
 from dllm_gym.deciders.networks import DiTConfidence, DiTHidden, MLPPolicy, UPOPolicy
-from dllm_gym.deciders.player import PolicyDecider, make_actor
+from dllm_gym.deciders.player import Decider, PolicyDecider, make_actor, make_decider
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.deciders.rules import (
     Blockwise,
@@ -38,12 +39,14 @@ from dllm_gym.deciders.rules import (
     Spaced,
     Threshold,
     TopK,
+    make_rule,
 )
 
 __all__ = [
     "BernoulliArgmax",
     "Blockwise",
     "CertaintyPrior",
+    "Decider",
     "DiTConfidence",
     "DiTConfidenceLUP",
     "DiTHidden",
@@ -62,6 +65,7 @@ __all__ = [
     "LeftToRight",
     "LocalLeap",
     "MLPPolicy",
+    "Manner",
     "Margin",
     "MarginThreshold",
     "MaskedBernoulli",
@@ -80,4 +84,6 @@ __all__ = [
     "UnmaskDistribution",
     "ZeroTruncatedBernoulli",
     "make_actor",
+    "make_decider",
+    "make_rule",
 ]

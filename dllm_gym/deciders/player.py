@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dllm_gym.checks import number
 from dllm_gym.deciders.distributions import UnmaskDistribution
+from dllm_gym.deciders.manner import Manner
 from dllm_gym.deciders.policy import Policy
+from dllm_gym.deciders.rules import make_rule
+from dllm_gym.deciders.rules.naming import known_rules
 
 if TYPE_CHECKING:
     from torchrl.modules import ProbabilisticActor
+
+Decider = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+RULE = re.compile(r"\s*\w+\s*\(.*\)\s*", re.DOTALL)
 
 
 def make_actor(
@@ -94,3 +103,54 @@ class PolicyDecider:
     def __str__(self) -> str:
         how = "greedy" if self.greedy else f"temperature={self.temperature:g}"
         return f"{type(self.policy).__name__}({self.distribution_class.__name__}, {how})"
+
+
+def make_decider(policy: str | Path | Policy | Decider, **chosen: Any) -> Decider:
+    """Whoever decides: a rule by its name, a policy as it wants to be played, or a decider as it is.
+
+    Args:
+        policy: a rule's name (``"threshold(0.9)"``), what :meth:`Policy.load` takes, or an object that decides.
+        chosen: of a policy, in place of what its manner says where they are not None: ``distribution`` (the name of its
+            class), ``temperature``, ``greedy``; and ``alpha``, by default the middle of its range.
+
+    Raises:
+        ValueError: there is no such rule or policy; something is chosen that it has not, or lacks.
+    """
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if isinstance(policy, str | Path):
+        bare = str(policy).strip() in known_rules() and not Path(policy).exists()
+        is_rule = bare or RULE.fullmatch(str(policy))
+        policy = make_rule(str(policy)) if is_rule else _named(Policy.load, policy)
+    if isinstance(policy, Policy):
+        return _play(policy, **chosen)
+    if not callable(policy):
+        raise ValueError(f"policy={policy!r} decides nothing: need a rule, a policy or (observation, noise) -> action")
+    if chosen:
+        raise ValueError(f"{next(iter(chosen))} is read by nothing here: {policy} is no saved policy")
+    return policy
+
+
+def _named(load: Callable[[str | Path], Policy], source: str | Path) -> Policy:
+    try:
+        return load(source)
+    except ValueError as error:
+        raise ValueError(f"policy={str(source)!r}: {error}") from None
+
+
+def _play(policy: Policy, alpha: float | None = None, **chosen: Any) -> PolicyDecider:
+    """A policy in its own manner, but for what is chosen."""
+    name = type(policy).__name__
+    if policy.manner is None and "distribution" not in chosen:
+        raise ValueError(
+            f"this {name} was saved without how it wants to be played (by an earlier version, or from outside of a "
+            "run): say distribution=..., the name of a class such as ZeroTruncatedBernoulli"
+        )
+    manner = Manner.of({**(policy.manner.as_dict() if policy.manner else {}), **chosen})
+    if "preference" in policy.in_keys:
+        if manner.alpha is None:
+            raise ValueError(f"this {name} reads a preference, but was saved without its range of alphas")
+        low, high = manner.alpha
+        alpha = math.sqrt(low * high) if alpha is None else number("alpha", alpha, low, high)
+    elif alpha is not None:
+        raise ValueError(f"alpha={alpha!r} is read by nothing here: this {name} reads no preference")
+    return PolicyDecider(policy, manner.distribution_class, manner.temperature, manner.greedy, alpha)

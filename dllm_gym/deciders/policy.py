@@ -6,18 +6,23 @@ import inspect
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dllm_gym.checks import number, whole
+from dllm_gym.deciders.card import TEMPLATE, Evidence, told_front, told_manner
+from dllm_gym.deciders.manner import Manner, kinds_of
+from dllm_gym.deciders.saved import CONFIG, PICTURE, WEIGHTS, checkpoint_of, locate, read_config
+from dllm_gym.runs.checkpoints import Checkpoints
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_MANNER = "manner"  # in config.json beside the settings
 # Settings younger than some stored policies, with what those meant.
 _ADDED = {
     "candidates": None,
@@ -30,18 +35,6 @@ _ADDED = {
     "blocks": 1,
 }
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
-_CARD = """---
-{{ card_data }}
----
-
-Decides which tokens a masked diffusion language model commits at each step, for environments of dllm_gym. To load it:
-
-```python
-from dllm_gym.deciders import {{ policy }}
-
-policy = {{ policy }}.from_pretrained(...)  # this folder or repository
-```
-"""
 
 
 class Policy(
@@ -49,7 +42,7 @@ class Policy(
     ModelHubMixin,
     library_name="dllm_gym",
     tags=["diffusion-language-model", "reinforcement-learning"],
-    model_card_template=_CARD,
+    model_card_template=TEMPLATE,
 ):
     """Base of the policy networks: per-position features, a linear head, and how both are stored.
 
@@ -74,8 +67,12 @@ class Policy(
         width: channels of ``features``.
         head: the linear layer from features to logits.
         top_k: confidences per position that it reads; hidden_size: width of the hidden states that it reads (0: none).
+        manner: how it wants to be played, saved with it; None: nobody has said so.
+        evidence: how it did beside the rules, saved with it if it is known.
     """
 
+    manner: Manner | None = None
+    evidence: Evidence | None = None
     reads: tuple[str, ...] = ("confidence", "mask", "time")
     head: nn.Linear
     settings: dict[str, Any]
@@ -182,9 +179,42 @@ class Policy(
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` (``save_pretrained`` adds a model card)."""
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, save_directory / _WEIGHTS)
-        config = {"policy": type(self).__name__, **self.settings}
-        (save_directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, save_directory / WEIGHTS)
+        played = {} if self.manner is None else {_MANNER: self.manner.as_dict()}
+        config = {"policy": type(self).__name__, **self.settings, **played}
+        (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if self.evidence is not None:
+            self.evidence.write(save_directory)
+
+    @classmethod
+    def load(cls, source: str | Path | Policy, **download: Any) -> Policy:
+        """The saved policy, of whatever class it is; a policy is returned as it is.
+
+        Args:
+            source: a folder that ``save_pretrained`` wrote, the name of a shipped policy, a run folder (``RUN``,
+                ``RUN@best``, ``RUN@100``), a repository of the hub (``owner/name``, ``owner/name@revision``).
+            download: see :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: it is none of these, its class is not known here, or as of :meth:`from_pretrained`.
+        """
+        if isinstance(source, Policy):
+            return source
+        import dllm_gym.deciders  # noqa: F401  (whose classes are then known)
+
+        folder = locate(source, **download)
+        name = read_config(folder)["policy"]
+        known = {kind.__name__: kind for kind in kinds_of(cls)}
+        if name not in known:
+            raise ValueError(f"{folder / CONFIG}: no class {name!r} is known here, import the module that defines it")
+        policy = known[name].from_pretrained(folder)
+        run = checkpoint_of(str(source))
+        if run is not None and run == Checkpoints(run.run).all()[-1]:  # results are those of the last one
+            policy.evidence = Evidence.beside(run.run, "results.png")
+            greedy = policy.evidence.greedy if policy.evidence else None
+            if policy.manner is not None and greedy is not None:
+                policy.manner = replace(policy.manner, greedy=greedy)
+        return policy.eval()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no model_kwargs: nothing is dropped
@@ -197,10 +227,10 @@ class Policy(
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """The network stored in a folder or in a repository of the Hugging Face hub, on the CPU.
+        """The network of this class that is stored in a folder or in a repository of the Hugging Face hub, on the CPU.
 
         Args:
-            source: a folder that ``save_pretrained`` wrote, or a repository id.
+            source: as for :meth:`load`.
             revision: branch, tag or commit of the repository; token, cache_dir, force_download, local_files_only: how
                 it is downloaded, see ``huggingface_hub.snapshot_download``.
 
@@ -210,61 +240,46 @@ class Policy(
                 unexpected or of another shape. Nothing is dropped and nothing is left at random.
         """
         # The mixin's own version would drop settings that the class does not know, hence not `_from_pretrained`.
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _download(
-                str(source),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-        policy = cls._from_config(folder / _CONFIG)
+        download = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+        folder = locate(source, revision=revision, local_files_only=local_files_only, **download)
+        policy = cls._from_config(folder)
         try:
-            policy.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
+            policy.load_state_dict(load_file(folder / WEIGHTS), strict=True)
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{folder / _WEIGHTS} does not hold the weights of this {cls.__name__}: {error}"
-            ) from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"{folder / WEIGHTS} does not hold the weights of this {cls.__name__}: {said}") from error
+        policy.evidence = Evidence.beside(folder, PICTURE)
         return policy
 
     @classmethod
-    def _from_config(cls, path: Path) -> Self:
+    def _from_config(cls, folder: Path) -> Self:
         """A new network with the settings of a ``config.json``."""
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path.parent} is not a saved policy: cannot read {path.name} ({error})") from error
-        if not isinstance(config, dict) or config.pop("policy", None) != cls.__name__:
+        path, config = folder / CONFIG, dict(read_config(folder))
+        if config.pop("policy") != cls.__name__:
             raise ValueError(f"{path} does not describe a {cls.__name__}")
+        manner = config.pop(_MANNER, None)
         expected = set(_named(cls))
         config = {**{name: value for name, value in _ADDED.items() if name in expected}, **config}
         if set(config) != expected:
             missing, unknown = sorted(expected - set(config)), sorted(set(config) - expected)
             raise ValueError(f"{path}: missing settings {missing}, unknown settings {unknown}")
         try:
-            return cls(**config)
+            policy = cls(**config)
+            policy.manner = None if manner is None else Manner.of(manner)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+        return policy
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of a saved policy."""
-        return super().generate_model_card(*args, policy=type(self).__name__, **kwargs)
+        parts = {"manner": told_manner(self.manner), "front": told_front(self.evidence)}
+        return super().generate_model_card(*args, policy=type(self).__name__, **parts, **kwargs)
 
 
 def _named(policy: type[Policy]) -> list[str]:
     """The arguments of a family's constructor, without ``self``, ``*args`` and ``**settings``."""
     parameters = list(inspect.signature(policy.__init__).parameters.values())[1:]
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def _download(repository: str, **settings: Any) -> Path:
-    """The folder with a hub repository's two files."""
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[_CONFIG, _WEIGHTS], **settings))
-    except Exception as error:  # of many kinds: no such repository, no right to read it, no network, not an id at all
-        raise ValueError(f"{repository!r} is no folder, and no readable repository of the hub: {error}") from error
 
 
 def smart_head(width: int, output_bias: float) -> nn.Linear:

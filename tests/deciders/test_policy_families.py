@@ -381,7 +381,7 @@ def test_an_unreachable_hub_is_said_to_be_so(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("dllm_gym.deciders.policy.snapshot_download", fail)
+    monkeypatch.setattr("dllm_gym.deciders.saved.snapshot_download", fail)
     with pytest.raises(ValueError, match="'someone/policy' .*no route to host"):
         MLPPolicy.from_pretrained("someone/policy")
 
@@ -413,7 +413,7 @@ def test_a_policy_goes_to_the_hub_and_back(family, tmp_path, monkeypatch):
         return str(tmp_path / repository)
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", FakeHub(tmp_path))
-    monkeypatch.setattr("dllm_gym.deciders.policy.snapshot_download", download)
+    monkeypatch.setattr("dllm_gym.deciders.saved.snapshot_download", download)
     policy, obs = make(family), observation(4)
     assert policy.push_to_hub("someone/policy", private=True) == "hub/someone/policy"
     names = {path.name for path in (tmp_path / "someone/policy").iterdir()}

@@ -327,3 +327,21 @@ def test_pretraining_writes_a_checkpoint_that_loads(tmp_path):
 
     assert load_dllm(tmp_path / "tiny").vocab_size == 20
     assert (tmp_path / "learning_curve.csv").read_text().startswith("step,loss/sudoku")
+
+
+def test_a_run_is_decoded_with_as_it_was_trained(trained):
+    from dllm_gym import Decoder
+    from dllm_gym.deciders import Policy
+
+    policy = Policy.load(trained)
+    facts = policy.manner.as_dict()
+    assert facts["task"] == "sudoku" and facts["family"] == "llada" and facts["model"]["model"] == "tiny"
+    assert facts["env"]["gen_length"] == facts["env"]["block_length"] == 20
+    assert facts["recipe"].startswith("python scripts/train.py agent=grpo") and facts["recipe"].endswith("seed=1")
+    chosen = next(row["name"] for row in json.loads((trained / "results.json").read_text()) if row["chosen"])
+    assert policy.manner.greedy == (chosen == "policy(greedy)") and policy.evidence.picture[:4] == b"\x89PNG"
+    assert Policy.load(f"{trained}@1").evidence is None
+    task = compose_config("train").task
+    prompts = [hydra.utils.instantiate(task).prompt({"puzzle": "." * 16})]
+    texts = [Decoder(policy=name)(prompts)[0].text for name in (str(trained), f"{trained}@2", policy)]
+    assert len(texts[0].split()) == 4 and texts[0] == texts[1] == texts[2]

@@ -1,8 +1,9 @@
 """Hand-made rules, the baselines: deciders ``(observation, noise [.., L]) -> action int8 [.., L]``.
 
 Every rule decides per row from that row alone, picks legal positions only, picks at least one where one is legal, and
-breaks ties by the lowest position. ``str(rule)`` is its name in tables, ``rule.requires`` the settings of the
-environment without which it cannot decide. For every entry that a policy may read there is a rule that thresholds it.
+breaks ties by the lowest position. ``str(rule)`` is its name in tables, from which ``make_rule`` makes it;
+``rule.requires`` are the settings of the environment without which it cannot decide. For every entry that a policy may
+read there is a rule that thresholds it.
 
 ==================  =====================  =====================================================================
 rule                reads                  source
@@ -70,6 +71,7 @@ from dllm_gym.deciders.rules.counted import (
     Random,
     TopK,
 )
+from dllm_gym.deciders.rules.naming import make_rule
 from dllm_gym.deciders.rules.placed import Blockwise, Hierarchical, LocalLeap, Spaced
 
 __all__ = [
@@ -102,5 +104,6 @@ __all__ = [
     "best_first",
     "first_k",
     "joint_confidence",
+    "make_rule",
     "or_else_one",
 ]

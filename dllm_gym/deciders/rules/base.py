@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +56,18 @@ def steps_so_far(observation: Observation, length: int) -> Tensor:
 
 
 class Rule:
-    """Base of the rules: a subclass says what it chooses among the legal positions."""
+    """Base of the rules: a subclass says what it chooses among the legal positions.
+
+    Attributes:
+        label: what ``str(rule)`` begins with, and by what :func:`~dllm_gym.deciders.rules.naming.make_rule` finds it.
+    """
+
+    label: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls, *arguments: Any, **named: Any) -> Rule:
+        """The rule with the arguments that stand in its name."""
+        return cls(*arguments, **named)
 
     @property
     def requires(self) -> dict[str, int]:

@@ -18,6 +18,8 @@ class Threshold(Rule):
         threshold: in [0, 1].
     """
 
+    label = "threshold"
+
     def __init__(self, threshold: float = 0.9):
         number("threshold", threshold, least=0, most=1)
         self.threshold = threshold
@@ -27,7 +29,7 @@ class Threshold(Rule):
         return or_else_one(legal & (confidence >= self.threshold), confidence, legal)
 
     def __str__(self) -> str:
-        return f"threshold({self.threshold!r})"
+        return f"{self.label}({self.threshold!r})"
 
 
 class Factor(Rule):
@@ -41,6 +43,8 @@ class Factor(Rule):
         factor: > 0; higher is faster.
     """
 
+    label = "factor"
+
     def __init__(self, factor: float = 1.0):
         self.factor = number("factor", factor, above=0)
 
@@ -53,7 +57,7 @@ class Factor(Rule):
         return or_else_one(torch.zeros_like(legal).scatter(-1, order, allowed) & legal, confidence, legal)
 
     def __str__(self) -> str:
-        return f"factor({self.factor!r})"
+        return f"{self.label}({self.factor!r})"
 
 
 class EntropyBounded(Rule):
@@ -66,6 +70,8 @@ class EntropyBounded(Rule):
     Args:
         gamma: nats, >= 0; higher is faster.
     """
+
+    label = "eb"
 
     def __init__(self, gamma: float = 0.1):
         self.gamma = number("gamma", gamma, least=0)
@@ -81,7 +87,7 @@ class EntropyBounded(Rule):
         return torch.zeros_like(legal).scatter(-1, order, within) & legal
 
     def __str__(self) -> str:
-        return f"eb({self.gamma!r})"
+        return f"{self.label}({self.gamma!r})"
 
 
 class Klass(Rule):
@@ -98,6 +104,8 @@ class Klass(Rule):
         kl: nats, > 0 and at most the largest divergence that is observed (KL_MOST).
         history: how many steps, >= 1.
     """
+
+    label = "klass"
 
     def __init__(self, confidence: float = 0.9, kl: float = 0.01, history: int = 2):
         number("confidence", confidence, least=0, most=1)
@@ -121,7 +129,7 @@ class Klass(Rule):
 
     def __str__(self) -> str:
         history = "" if self.history == 2 else f", {self.history}"
-        return f"klass({self.confidence!r}, {self.kl!r}{history})"
+        return f"{self.label}({self.confidence!r}, {self.kl!r}{history})"
 
 
 class Joint(Rule):
@@ -174,6 +182,8 @@ class EntropyThreshold(Rule):
         entropy: nats, >= 0; higher is faster.
     """
 
+    label = "entropy_threshold"
+
     def __init__(self, entropy: float = 0.5):
         self.entropy = number("entropy", entropy, least=0)
 
@@ -186,7 +196,7 @@ class EntropyThreshold(Rule):
         return or_else_one(legal & (entropy <= self.entropy), -entropy, legal)
 
     def __str__(self) -> str:
-        return f"entropy_threshold({self.entropy!r})"
+        return f"{self.label}({self.entropy!r})"
 
 
 class MarginThreshold(Rule):
@@ -197,6 +207,8 @@ class MarginThreshold(Rule):
     Args:
         margin: in [0, 1]; lower is faster.
     """
+
+    label = "margin_threshold"
 
     def __init__(self, margin: float = 0.5):
         self.margin = number("margin", margin, least=0, most=1)
@@ -210,7 +222,7 @@ class MarginThreshold(Rule):
         return or_else_one(legal & (margin >= self.margin), margin, legal)
 
     def __str__(self) -> str:
-        return f"margin_threshold({self.margin!r})"
+        return f"{self.label}({self.margin!r})"
 
 
 class Saber(Rule):
@@ -222,6 +234,8 @@ class Saber(Rule):
     Args:
         n: positions per step at least, >= 1 (Saber: 2).
     """
+
+    label = "saber"
 
     def __init__(self, n: int = 2):
         self.n = whole("n", n)
@@ -238,4 +252,4 @@ class Saber(Rule):
         return (legal & (confidence > mean)) | first_k(confidence, legal, self.n)
 
     def __str__(self) -> str:
-        return f"saber({self.n})"
+        return f"{self.label}({self.n})"

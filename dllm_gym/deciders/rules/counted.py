@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,6 @@ class PerStep(Rule):
     Args:
         k: positions per step, >= 1.
     """
-
-    label: str
 
     def __init__(self, k: int = 1):
         self.k = whole("k", k)
@@ -112,6 +111,8 @@ class CertaintyPrior(PerStep):
         k: positions per step, >= 1.
     """
 
+    label = "certainty_prior"
+
     def __init__(self, sigma: float = 10.0, k: int = 1):
         super().__init__(k)
         self.sigma = number("sigma", sigma, above=0)
@@ -128,7 +129,7 @@ class CertaintyPrior(PerStep):
         return confidence.double() * (known @ (weight * FINE).round().mT)
 
     def __str__(self) -> str:
-        return f"certainty_prior({self.sigma!r}, {self.k})"
+        return f"{self.label}({self.sigma!r}, {self.k})"
 
 
 class Growing(Rule):
@@ -139,6 +140,8 @@ class Growing(Rule):
     Args:
         factor: >= 1.
     """
+
+    label = "growing"
 
     def __init__(self, factor: float = 2.0):
         self.factor = number("factor", factor, least=1)
@@ -151,7 +154,7 @@ class Growing(Rule):
         return first_k(observation["confidence"][..., 0], legal, count[step])
 
     def __str__(self) -> str:
-        return f"growing({self.factor!r})"
+        return f"{self.label}({self.factor!r})"
 
 
 class Fixed(Rule):
@@ -164,10 +167,16 @@ class Fixed(Rule):
         steps: L whole numbers >= 0.
     """
 
+    label = "fixed"
+
     def __init__(self, steps: Sequence[int]):
         if isinstance(steps, str) or not isinstance(steps, Sequence) or not len(steps):
             raise ValueError(f"steps={steps!r}: need a list of whole numbers, one per position, such as [0,0,1,2]")
         self.steps = [whole(f"steps[{i}]", step, least=0) for i, step in enumerate(steps)]
+
+    @classmethod
+    def of(cls, *arguments: Any, **named: Any) -> Fixed:
+        return cls(arguments, **named)
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         length = legal.shape[-1]
@@ -179,4 +188,4 @@ class Fixed(Rule):
         return or_else_one(legal & (due <= steps_so_far(observation, length)), -due.expand_as(legal).double(), legal)
 
     def __str__(self) -> str:
-        return f"fixed({','.join(map(str, self.steps))})"
+        return f"{self.label}({','.join(map(str, self.steps))})"

@@ -21,6 +21,8 @@ class Blockwise(Rule):
         block_length: positions per block, >= 1.
     """
 
+    label = "blockwise"
+
     def __init__(self, rule: Rule, block_length: int = 32):
         self.rule, self.block_length = rule, whole("block_length", block_length)
 
@@ -36,7 +38,7 @@ class Blockwise(Rule):
         return self.rule({**observation, "action_mask": shown}, noise) != 0
 
     def __str__(self) -> str:
-        return f"blockwise({self.rule}, {self.block_length})"
+        return f"{self.label}({self.rule}, {self.block_length})"
 
 
 class Hierarchical(Rule):
@@ -48,6 +50,8 @@ class Hierarchical(Rule):
     Args:
         high, low: in [0, 1], low <= high (dInfer: 0.9 and 0.4).
     """
+
+    label = "hier"
 
     def __init__(self, high: float = 0.9, low: float = 0.4):
         self.high = number("high", high, least=0, most=1)
@@ -68,7 +72,7 @@ class Hierarchical(Rule):
         return sure | first_k(confidence, legal, 1)
 
     def __str__(self) -> str:
-        return f"hier({self.high!r}, {self.low!r})"
+        return f"{self.label}({self.high!r}, {self.low!r})"
 
 
 class LocalLeap(Rule):
@@ -81,6 +85,8 @@ class LocalLeap(Rule):
         anchor, relaxed: in [0, 1], relaxed <= anchor.
         radius: positions, >= 1.
     """
+
+    label = "local_leap"
 
     def __init__(self, anchor: float = 0.9, radius: int = 4, relaxed: float = 0.75):
         self.anchor = number("anchor", anchor, least=0, most=1)
@@ -98,7 +104,7 @@ class LocalLeap(Rule):
         return or_else_one(anchors | (legal & near & (confidence >= self.relaxed)), confidence, legal)
 
     def __str__(self) -> str:
-        return f"local_leap({self.anchor!r}, {self.radius}, {self.relaxed!r})"
+        return f"{self.label}({self.anchor!r}, {self.radius}, {self.relaxed!r})"
 
 
 class Spaced(Rule):
@@ -111,6 +117,8 @@ class Spaced(Rule):
         rule: picks (any decider that has ``requires`` will do).
         gap: positions, >= 1; 1 keeps everything.
     """
+
+    label = "spaced"
 
     def __init__(self, rule: Rule, gap: int = 2):
         self.rule, self.gap = rule, whole("gap", gap)
@@ -131,4 +139,4 @@ class Spaced(Rule):
         return kept
 
     def __str__(self) -> str:
-        return f"spaced({self.rule}, {self.gap})"
+        return f"{self.label}({self.rule}, {self.gap})"
