@@ -128,8 +128,8 @@ class Decoder:
         policy: a rule by its name, a shipped policy, a saved folder, a run folder, a hub id, or an object; see
             :func:`~dllm_gym.deciders.player.make_decider`.
         gen_length, block_length, block_origin, temperature, max_episode_steps, stop_at_eos, lookahead, cache: settings
-            of the environment, see :class:`~dllm_gym.process.config.EnvConfig`. None: what the policy was trained with, else
-            the environment's own; without either, ``gen_length`` has to be given.
+            of the environment, see :class:`~dllm_gym.process.config.EnvConfig`. None: what the policy was trained with,
+            else the environment's own; without either, ``gen_length`` has to be given.
         distribution, policy_temperature, greedy, alpha: how a policy is played, in place of what it says itself:
             ``alpha`` is the speed weight of one that reads a preference.
         batch_size: prompts that are decoded side by side; one that is done makes room for the next.
