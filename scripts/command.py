@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,15 +29,20 @@ NO_MEMORY = ("not enough memory", "can't allocate memory")  # RuntimeErrors of t
 GROUPS = ("experiment", "model", "task", "agent")  # whose choices the first line names, and the settings that it names
 INPUTS = ("checkpoint", "resume", "runs", "results", "folder", "measure")
 
+CALL = re.compile(r"(\w+)\([^'{}]*\)")
+HYDRA_FUNCTIONS = ("choice", "range", "interval", "sort", "shuffle", "tag", "glob", "int", "float", "str", "bool")
+HYDRA_FUNCTIONS += ("json_str", "extend_list")
+
 Work = Callable[[DictConfig], Any]
 
 
-def command(name: str) -> Callable[[Work], Callable[..., Any]]:
+def command(name: str, to: str = "stdout") -> Callable[[Work], Callable[..., Any]]:
     """In the place of ``hydra.main``: a command with the root config conf/<name>.yaml.
 
     Called without arguments it reads the command line. What is wrong with a setting then ends it with one line on
     stderr and exit code 2; anything else that is raised is a defect, and shown in full. Called with a configuration it
-    works on that, gives back what the work does, and raises a ValueError for a setting.
+    works on that, gives back what the work does, and raises a ValueError for a setting. ``to``: where its first line
+    goes.
     """
 
     def decorate(work: Work) -> Callable[..., Any]:
@@ -44,7 +50,7 @@ def command(name: str) -> Callable[[Work], Callable[..., Any]]:
         def checked(cfg: DictConfig) -> Any:
             refuse_surroundings()
             settings = check_names(cfg, name)
-            print(first_line(cfg, name), flush=True)
+            print(first_line(cfg, name), file=getattr(sys, to), flush=True)
             check_values(settings)
             try:
                 return work(cfg)
@@ -73,6 +79,8 @@ def first_line(cfg: DictConfig, name: str) -> str:
     """What is started, on what, and where: shown before the seconds that the imports take."""
     hydra_config = HydraConfig.get()
     inputs = {key: cfg[key] for key in INPUTS if cfg.get(key) is not None}
+    if isinstance(cfg.get("decider"), str):
+        inputs["decider"] = cfg.decider
     own = {} if {"checkpoint", "measure"} & set(inputs) else hydra_config.runtime.choices  # they bring their own
     chosen = {group: own[group] for group in GROUPS if own.get(group)} | inputs
     folder = Path(hydra_config.runtime.output_dir)
@@ -87,11 +95,27 @@ def run(main: Callable[[], Any]) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign shows another
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on as they are
     try:
+        sys.argv[1:] = map(as_text, sys.argv[1:])
         refuse_remote_folders(sys.argv[1:])
         main()
         sys.stdout.flush()
     except (*ONE_LINE, RuntimeError) as error:
         end(error)
+
+
+def as_text(argument: str) -> str:
+    """A setting whose value is a text to us and grammar to Hydra, quoted: any prompt, and the name of a rule.
+
+    >>> print(*map(as_text, ["decider=threshold(0.9)", "prompt=1+2=", "seed=range(3)"]))
+    decider='threshold(0.9)' prompt='1+2=' seed=range(3)
+    """
+    name, _, value = argument.partition("=")
+    free = name == "prompt" and value not in ("", "null") and value[:1] not in "'\""
+    call = CALL.fullmatch(value)
+    if not free and (call is None or call[1] in HYDRA_FUNCTIONS):
+        return argument
+    value = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")  # backslashes count before a quote only
+    return f"{name}='{value}'"
 
 
 def end(error: Exception) -> None:

@@ -174,11 +174,42 @@ def load_run(name: str | Path, cfg: DictConfig) -> tuple[DictConfig, Checkpoint]
     return saved, Checkpoints(Path(name)).get()
 
 
+def is_alone(name: str) -> bool:
+    """Whether a policy is saved without its run: a shipped one, a folder or a repository of the hub."""
+    from dllm_gym.deciders.saved import CONFIG as SETTINGS
+    from dllm_gym.deciders.saved import HUB_ID, shipped
+
+    here = Path(name).parts[:1]
+    remote = HUB_ID.fullmatch(name) and not (here and Path(here[0]).exists())
+    return (Path(name) / SETTINGS).is_file() or name in shipped() or bool(remote)
+
+
+def config_of(policy: Policy, cfg: DictConfig) -> DictConfig:
+    """The part of a run's configuration that a policy knows about itself; ``cfg`` says the rest."""
+    manner = policy.manner
+    if manner is None:
+        raise ValueError("it was saved without how it wants to be played: give the folder of its run")
+    same = manner.task in (None, getattr(hydra.utils.get_object(cfg.task._target_), "name", None))
+    task = cfg.task if same else {"_target_": "dllm_gym.tasks.make_task", "task": manner.task}
+    meaning = {"_target_": "hydra.utils.get_class", "path": f"dllm_gym.deciders.distributions.{manner.distribution}"}
+    both = {"train": meaning, "evaluate": meaning}
+    heat = {"temperature": manner.temperature, "evaluate_temperature": manner.temperature}
+    return OmegaConf.create(
+        {
+            "model": {**cfg.model, **manner.model},
+            "task": task,
+            "env": {**cfg.env, **manner.env},
+            "reward": {**cfg.reward, **({"alpha": list(manner.alpha)} if manner.alpha else {})},
+            "distribution": {**both, **heat},
+        }
+    )
+
+
 def load_policy(name: str | Path, cfg: DictConfig, setting: str = "checkpoint") -> tuple[Policy, DictConfig]:
     """The policy that a run saved, and the run's configuration.
 
     Args:
-        name: as for ``load_run``. setting: which one gives the name, for the error.
+        name: as for ``load_run``, or of a policy that is saved alone. setting: which one gives the name, for the error.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or its configuration names what it may not name.
@@ -186,6 +217,9 @@ def load_policy(name: str | Path, cfg: DictConfig, setting: str = "checkpoint") 
     from dllm_gym.deciders.policy import Policy
 
     with naming(setting, name):
+        if is_alone(str(name)):
+            policy = Policy.load(name)
+            return policy, config_of(policy, cfg)
         saved, checkpoint = load_run(name, cfg)
         policy_class = hydra.utils.get_class(str(saved.policy.get("_target_")))
         if not issubclass(policy_class, Policy):

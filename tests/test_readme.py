@@ -125,8 +125,10 @@ def check_command(words: list[str], monkeypatch) -> None:
 
 
 def check_settings(script: str, arguments: list[str]) -> None:
+    from command import as_text
     from settings import check_names, check_values
 
+    arguments = [as_text(argument) for argument in arguments]
     if any(argument in SHOWN_ONLY for argument in arguments):
         return
     folders = []

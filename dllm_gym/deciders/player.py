@@ -134,7 +134,7 @@ def _named(load: Callable[[str | Path], Policy], source: str | Path) -> Policy:
     try:
         return load(source)
     except ValueError as error:
-        raise ValueError(f"policy={str(source)!r}: {error}") from None
+        raise ValueError(f"policy={str(source)!r}: no rule such as threshold(0.9), and {error}") from None
 
 
 def _play(policy: Policy, alpha: float | None = None, **chosen: Any) -> PolicyDecider:
