@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -13,11 +13,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from run_folder import RunFolder
 from settings import check_groups, chosen_names
+from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Played, evaluate_rows, play, save_report, table
 from agents.fronts import Row, sentences
-from agents.rollout import Decider, evaluate
+from agents.rollout import Decider
 from dllm_gym.checks import distinct, number, whole
 from dllm_gym.checks import seed as check_seed
 from dllm_gym.deciders.manner import ENV, Manner
@@ -28,6 +29,7 @@ from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM, load_dllm
 from dllm_gym.models.base import own_block
 from dllm_gym.models.load import check_device
+from dllm_gym.process.config import EMPTY
 from dllm_gym.process.entries import COUNTS, FLAGS
 from dllm_gym.process.rewards import AlphaRange
 from dllm_gym.process.unmasking import MOST_LANES
@@ -112,19 +114,30 @@ def requirements(deciders: Iterable[Any]) -> dict[str, int]:
 
 
 def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
-    """The environment of the evaluation, in which every decider has been tried once: what does not fit fails now."""
+    """The environment of the evaluation, in which every decider has made a step: what does not fit fails now."""
     settings = cfg.evaluation
     needs = requirements(deciders.values())
+    print(f"loading {settings.split} examples and {cfg.model.model}", flush=True)
     envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
     total = len(envs.core.examples)
     if settings.examples is None:
         settings.examples = total
     if not 1 <= settings.examples <= total:
         raise ValueError(f"evaluation.examples={settings.examples}: split {settings.split!r} has {total} examples")
+    print(f"trying {len(deciders)} deciders, one step each", flush=True)
     for decider in deciders.values():
         check_vocabulary(decider, envs)
-        evaluate(envs, decider, [0])
+        try_out(decider, envs)
     return envs
+
+
+def try_out(decider: Decider, envs: DLLMUnmaskVectorEnv) -> None:
+    """One step of one episode; whatever a decider raises that cannot read this observation, or a ValueError for its
+    action."""
+    observation, _ = envs.reset(seed=0, options={"examples": [0, *[EMPTY] * (envs.num_envs - 1)]})
+    noise = torch.full((1, envs.core.L), 0.5, device=envs.device)
+    action = decider({name: value[:1] for name, value in observation.items()}, noise)
+    envs.step(torch.cat([action, action.new_zeros(envs.num_envs - 1, envs.core.L)]))
 
 
 def check_vocabulary(decider: Decider, envs: DLLMUnmaskVectorEnv) -> None:
@@ -251,9 +264,26 @@ def validate(
         console.print(f"nothing is chosen on validation: {error}")
         return None
     count = min(settings.validation, settings.examples, len(own.core.examples))
-    played = play(own, deciders, range(count), settings.seeds[:1])
+    played = play_each(own, deciders, range(count), settings.seeds[:1], "validating")
     seconds = time.perf_counter() - began
     console.print(f"chosen on validation: {count} examples, {len(deciders)} deciders, {seconds:.0f} s")
+    return played
+
+
+def play_each(
+    envs: DLLMUnmaskVectorEnv,
+    deciders: Mapping[str, Decider],
+    examples: Sequence[int],
+    seeds: Sequence[int],
+    what: str,
+) -> dict[str, Played]:
+    """As :func:`~agents.evaluation.play`; says which decider plays."""
+    played: dict[str, Played] = {}
+    with tqdm(total=len(deciders), desc=f"{what} on {len(examples)} examples", unit="decider") as bar:
+        for name, decider in deciders.items():
+            bar.set_postfix_str(name)
+            played |= play(envs, {name: decider}, examples, seeds)
+            bar.update()
     return played
 
 
@@ -262,7 +292,7 @@ def report(
 ) -> list[Row]:
     """Evaluate, print the table and what it says, write results.{json,csv,png} into the run folder."""
     settings = cfg.evaluation
-    test = play(envs, deciders, range(settings.examples), settings.seeds)
+    test = play_each(envs, deciders, range(settings.examples), settings.seeds, "evaluating")
     rows = evaluate_rows(test, validate(cfg, envs, deciders, console))
     run.begin()  # an evaluation that was broken off leaves nothing
     core = envs.core

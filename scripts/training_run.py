@@ -308,7 +308,9 @@ def train(
         for round_ in range(progress["rounds"], cfg.rounds):
             with stop.round():
                 began = time.perf_counter()
+                bar.set_description(f"training, decoding {cfg.prompts_per_round * cfg.agent.group_size} episodes")
                 episodes = collector.collect(learner.algorithm, learner.player)
+                bar.set_description("training, learning from them")
                 update = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
                 seconds = time.perf_counter() - began
                 metrics.log(
@@ -317,6 +319,7 @@ def train(
                 bar.update()
                 progress = {"rounds": round_ + 1, "prompts": prompts.taken}
                 if due.now(round_ + 1) or stop.asked is not None or round_ + 1 == cfg.rounds:
+                    bar.set_description("training, trying and saving a checkpoint")
                     saver.save(progress)
             if stop.asked is not None:
                 return False
@@ -381,8 +384,9 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
         warm_start(cfg, policy)
     learner = make_learner(cfg, policy)
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
+    print(f"loading train examples and {cfg.model.model}", flush=True)
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
-    policy.manner = manner_of(cfg, envs, recipe(cfg, source))
+    policy.manner = manner_of(cfg, envs, recipe(cfg, source and source[1]))
     deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
     refuse_a_range_that_nothing_reads(cfg, deciders.values())
     test_envs = make_evaluation_envs(cfg, device, deciders)

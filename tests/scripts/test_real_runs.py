@@ -69,6 +69,40 @@ def test_evaluation_of_a_real_family_on_a_real_task_runs_end_to_end(llada, data,
     assert [row["name"] for row in rows][-1] == "threshold(0.9)" and all(row["examples"] == 2 for row in rows)
 
 
+def test_before_and_while_it_works_a_command_says_what_it_does(llada, data, tmp_path, capsys):
+    files = [f"task.tasks.{n}.data={data / n}" for n in ("gsm8k", "math")]
+    small = ["max_prompt_length=null", "rounds=2", "prompts_per_round=1", "agent.group_size=2", "num_envs=2"]
+    settings = [f"model.model={llada}", "model.dtype=float32", *files, *small, *QUICK, "env.block_length=8"]
+    call("train", tmp_path, "experiment=lup_llada_bl32", *settings)
+    said = capsys.readouterr()
+    steps = ["loading train examples and", "loading test examples and", "trying 9 deciders, one step each"]
+    assert [said.out.find(step) for step in steps] == sorted(said.out.find(step) for step in steps)
+    assert all(step in said.out for step in steps)
+    doing = ["decoding 2 episodes", "learning from them", "trying and saving a checkpoint", "evaluating on 2 examples"]
+    assert all(what in said.err for what in [*doing, "policy(greedy)", "threshold(0.9)"])
+
+
+def test_the_trial_of_deciders_is_a_step_of_one_episode_each(llada, data, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    import factory
+
+    from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
+
+    cfg = compose_config("evaluate", f"model.model={llada}", "task=gsm8k", f"task.data={data / 'gsm8k'}", *QUICK)
+    steps = []
+    step = DLLMUnmaskVectorEnv.step
+    monkeypatch.setattr(DLLMUnmaskVectorEnv, "step", lambda envs, action: steps.append(1) or step(envs, action))
+    rules = factory.heuristics(cfg)
+    envs = factory.make_evaluation_envs(cfg, torch.device("cpu"), rules)
+    assert len(steps) == len(rules) > 3 and envs.core.row_forwards <= 2 * len(rules)
+
+    def blind(observation, noise):
+        return observation["no such entry"]
+
+    with pytest.raises(KeyError, match="no such entry"):
+        factory.make_evaluation_envs(cfg, torch.device("cpu"), {"blind": blind})
+
+
 def test_without_the_weights_the_error_says_how_to_get_them(monkeypatch, data, tmp_path):
     import huggingface_hub
 
