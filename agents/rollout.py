@@ -27,6 +27,7 @@ class Results:
         reward, score: float32 [E]. nfe: int64 [E]. example: int64 [E].
         completions: E texts.
         row_forwards: rows that the dLLM computed. steps: of all episodes. lane_steps: of all lanes, idle ones included.
+        masked: bool [E], the episode was cut and left masks.
         empty_steps: share of steps that unmasked nothing. idle_lanes: share of lane-steps without an episode.
     """
 
@@ -35,6 +36,7 @@ class Results:
     nfe: Tensor
     example: Tensor
     completions: list[str]
+    masked: Tensor | None = None
     row_forwards: int = 0
     steps: int = 0
     lane_steps: int = 0
@@ -173,7 +175,7 @@ class Record:
 
     def __init__(self, env: DLLMUnmaskVectorEnv, examples: Sequence[int]):
         self.env, self.examples = env, examples
-        kinds = {"r": np.float32, "score": np.float32, "l": np.int64}
+        kinds = {"r": np.float32, "score": np.float32, "l": np.int64, "truncated": np.bool_}
         self.ended: dict[str, np.ndarray] = {name: np.zeros(len(examples), kind) for name, kind in kinds.items()}
         self.completions = [""] * len(examples)
         self.forwards = env.core.row_forwards
@@ -202,6 +204,7 @@ class Record:
             nfe=upload(self.ended["l"], device),
             example=upload(np.asarray(self.examples, np.int64), device),
             completions=self.completions,
+            masked=upload(self.ended["truncated"], device),
             row_forwards=self.env.core.row_forwards - self.forwards,
             steps=self.steps,
             lane_steps=self.lane_steps,
@@ -227,5 +230,5 @@ def _play(
 
     for ended in play(env, decide_and_count, record.examples, seed, alphas):
         if len(ended.lanes):
-            record.end(ended.lanes, ended.episode)
+            record.end(ended.lanes, {**ended.episode, "truncated": ended.truncated})
     return record.results()

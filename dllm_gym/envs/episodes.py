@@ -35,10 +35,12 @@ class Ended:
     Attributes:
         lanes: int64 [n], those that they were in; none as a rule.
         episode: what the environment's ``info["episode"]`` says, [N] each; ``item`` is the place in ``examples``.
+        truncated: bool [N], the episode was cut, and left masks.
     """
 
     lanes: np.ndarray
     episode: Mapping[str, np.ndarray]
+    truncated: np.ndarray
 
 
 def _begin(
@@ -88,10 +90,10 @@ def play(
             observation = {name: value[lanes] for name, value in observation.items()}
         noise = uniform(streams[which], time[lanes], L)
         action = decide(Step(lanes, which, time[lanes], observation, noise))
-        observation, _, _, _, info = env.step(action.new_zeros(B, L).index_copy_(0, lanes, action))
+        observation, _, _, truncated, info = env.step(action.new_zeros(B, L).index_copy_(0, lanes, action))
         time += 1
         moved = "episode" in info
         done = np.flatnonzero(info["_episode"]) if moved else nothing
         if moved:
             time[upload(done, device)] = 0
-        yield Ended(done, info.get("episode", {}))
+        yield Ended(done, info.get("episode", {}), truncated)

@@ -44,7 +44,7 @@ class DLLMUnmaskEnv(gym.Env):
     ``Dict``:
 
     - ``confidence`` float32 [L, K]: the K largest probabilities of the dLLM at every masked position, descending;
-      committed positions read 1, 0, ..., 0.
+      committed positions read 1, 0, ..., 0, or (``committed_confidence=True``) the largest probabilities there, too.
     - ``mask`` int8 [L]: 1 where the position is still masked.
     - ``action_mask`` int8 [L]: 1 where it may be unmasked now: masked and in the active block.
     - ``time`` float32 [1]: steps / L.
@@ -93,7 +93,8 @@ class DLLMUnmaskEnv(gym.Env):
     template L is the number of blanks here.
 
     ## Episode End
-    Terminated when no mask is left; truncated after ``max_episode_steps`` steps (what stands then is graded).
+    Terminated when no mask is left; truncated after ``max_episode_steps`` steps, or (``steps_per_block``) when all
+    blocks with masks have had their steps (what stands then is graded).
 
     ## Information
     When an episode ends, ``info["episode"]`` holds ``r`` (reward), ``l`` (NFE: steps in which a mask was left),
@@ -101,8 +102,9 @@ class DLLMUnmaskEnv(gym.Env):
 
     ## Arguments
     The fields of :class:`~dllm_gym.process.config.EnvConfig` (``model, task, split, gen_length, max_prompt_length,
-    block_length, block_origin, top_k, temperature, reward, alpha, max_episode_steps, stop_at_eos, lookahead, cache,
-    hidden, entropy, margin, committed, tokens, kl, device, dtype``) and ``render_mode``.
+    cut_prompts, block_length, block_origin, top_k, temperature, reward, alpha, max_episode_steps, steps_per_block,
+    committed_confidence, stop_at_eos, lookahead, cache, hidden, entropy, margin, committed, tokens, kl, device,
+    dtype``) and ``render_mode``.
     ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
     ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
     the process.

@@ -13,7 +13,13 @@ from dllm_gym.models import DLLM
 from dllm_gym.process.rewards import AlphaRange, Reward
 from dllm_gym.tasks import Task
 
-LENGTHS = ("gen_length", "max_prompt_length", "block_length", "max_episode_steps")  # None, or at least 1
+LENGTHS = (
+    "gen_length",
+    "max_prompt_length",
+    "block_length",
+    "max_episode_steps",
+    "steps_per_block",
+)  # None, or at least 1
 ORIGINS = ("completion", "prompt")
 EMPTY = -1  # in place of an example: the lane holds no episode
 
@@ -28,6 +34,8 @@ class EnvConfig:
         split: the task's split that prompts come from.
         gen_length: L, tokens of a completion; the task's own length by default.
         max_prompt_length: leave out examples whose prompt, template included, has more tokens; None keeps all.
+        cut_prompts: keep the last ``max_prompt_length`` tokens of a longer prompt instead of leaving its example out
+            (as LUP's published code does).
         block_length: BL; only the first block with masks may be unmasked. L (full diffusion) by default.
         block_origin: where blocks are counted from: ``"completion"``, whose blocks are whole (BL must divide L), or
             ``"prompt"``, its first token, so that the completion's first block is shorter, and its last one ends with
@@ -40,6 +48,10 @@ class EnvConfig:
             of its own (drawn log-uniformly, or chosen at reset), and observes where in the range it lies as its
             ``preference``.
         max_episode_steps: truncate after this many steps; L by default.
+        steps_per_block: a block that still has masks after so many steps is left with them, and the next one becomes
+            active (as in LUP's published code, there BL); None: a block is decoded to its end.
+        committed_confidence: committed positions show the dLLM's largest probabilities there, given all that stands now
+            (as in LUP's published code), instead of 1, 0, ..., 0; as of the last prediction where that is the last.
         stop_at_eos: end an episode once an end-of-text token is committed and nothing before it is masked. The answer
             is the same, as nothing after that token belongs to it; NFE are fewer, so results are not comparable with
             those of the published protocol.
@@ -67,6 +79,7 @@ class EnvConfig:
     split: str = "train"
     gen_length: int | None = None
     max_prompt_length: int | None = None
+    cut_prompts: bool = False
     block_length: int | None = None
     block_origin: str | None = None
     top_k: int = 1
@@ -74,6 +87,8 @@ class EnvConfig:
     reward: str | Reward = "multiplicative"
     alpha: float | Sequence[float] = 1.0
     max_episode_steps: int | None = None
+    steps_per_block: int | None = None
+    committed_confidence: bool = False
     stop_at_eos: bool = False
     lookahead: bool = True
     cache: str = "none"
@@ -98,6 +113,8 @@ class EnvConfig:
         self._put("top_k", whole("top_k", self.top_k))
         self._put("kl", whole("kl", self.kl, least=0))
         self._put("temperature", number("temperature", self.temperature, least=0))
+        if self.cut_prompts and self.max_prompt_length is None:
+            raise ValueError("cut_prompts=True needs max_prompt_length: how many tokens of a prompt are kept")
         if self.kl and not self.lookahead:
             raise ValueError(f"lookahead=False: the divergences of kl={self.kl} need the predictions of every step")
         if AlphaRange.of(self.alpha) is not None and callable(self.reward):

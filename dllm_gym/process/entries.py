@@ -81,7 +81,9 @@ class Entry:
         if self.committed is None:
             return value.clone()
         seen = now.mask if now.core.lookahead else now.legal
-        committed = _led_by(self.committed, value.shape[-1] if value.ndim > 2 else 1, value.device)
+        committed: Tensor = _led_by(self.committed, value.shape[-1] if value.ndim > 2 else 1, value.device)
+        if now.core.committed_confidence and self.name == "confidence":
+            committed = value
         spread = (...,) + (None,) * (value.ndim - 2)  # (B, L) or (B, L, K)
         return torch.where(seen[spread], value, torch.where(now.mask[spread], 0.0, committed))
 

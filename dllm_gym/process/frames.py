@@ -26,7 +26,7 @@ def frame_of(core: Unmasking, lane: int) -> Frame:
         masked=masked.cpu().numpy(),
         confidence=torch.where(masked, predicted.confidence[lane, :, 0], 1.0).cpu().numpy(),
         fresh=core.fresh[lane].cpu().numpy(),
-        legal=core.legal(mask)[lane].cpu().numpy(),
+        legal=core.active.legal(mask)[lane].cpu().numpy(),
         step=int(core.steps[lane]),
         given=core.L - int(core.blanks[lane]) if index != EMPTY else 0,
         score=float(over.score[lane]) if over else None,

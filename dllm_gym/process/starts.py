@@ -95,7 +95,7 @@ class Starts:
     """The examples of a split, as episodes begin with them.
 
     Args:
-        task, dllm: whose. length: L. config: its split and ``max_prompt_length`` are read.
+        task, dllm: whose. length: L. config: its split, ``max_prompt_length`` and ``cut_prompts`` are read.
 
     Raises:
         ValueError: no prompt is short enough; a prompt and its completion exceed the model's positions; a template is
@@ -103,11 +103,13 @@ class Starts:
 
     Attributes:
         examples: those that are in use; ``dropped`` others have too long a prompt.
+        kept: how many tokens of a prompt, its last ones; None: all.
         templated: some of them have a template.
     """
 
     def __init__(self, task: Task, dllm: DLLM, length: int, config: EnvConfig):
         self.task, self.dllm, self.L = task, dllm, length
+        self.kept = config.max_prompt_length if config.cut_prompts else None
         self.examples = self._within(task.examples(config.split).to_list(), config.max_prompt_length)
         self._known: dict[int, Start] = {}
         sizes = [self._size(template_of(task, example, length)) for example in self.examples]
@@ -121,9 +123,9 @@ class Starts:
         return None if template is None else sum(p if isinstance(p, int) else len(p) for p in template)
 
     def _within(self, examples: list[Any], most: int | None) -> list[Any]:
-        """The examples whose prompt has at most ``most`` tokens."""
+        """The examples whose prompt has at most ``most`` tokens, or may be cut to them."""
         self.dropped = 0
-        if most is None:
+        if most is None or self.kept is not None:
             return examples
         kept = [example for example in examples if len(self.dllm.encode(self.task.prompt(example))) <= most]
         self.dropped = len(examples) - len(kept)
@@ -153,6 +155,7 @@ class Starts:
     def _prompt(self, example: Any) -> list[int]:
         """The prompt's tokens, if prompt and completion fit the model's positions."""
         prompt = self.dllm.encode(self.task.prompt(example))
+        prompt = prompt if self.kept is None else prompt[-self.kept :]
         if len(prompt) + self.L > self.dllm.max_positions:
             raise ValueError(
                 f"a prompt of task {self.task.name!r} has {len(prompt)} tokens: with gen_length={self.L} it exceeds "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,36 +11,17 @@ from torch import Tensor
 from dllm_gym.models import DLLM
 from dllm_gym.models.batches import download, upload
 from dllm_gym.noise import fold
+from dllm_gym.process.blocks import ActiveBlocks, Blocks
 from dllm_gym.process.config import EMPTY
 from dllm_gym.process.predictions import Predictions, Request
 from dllm_gym.process.starts import Start
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Which positions of a completion are decoded together.
-
-    Attributes:
-        length: BL. from_prompt: blocks are counted from the prompt's first token, not from the completion's.
-    """
-
-    length: int
-    from_prompt: bool = False
-
-    def before(self, prompt: np.ndarray) -> np.ndarray:
-        """int64 [n]: how many positions of the completion's first block lie in prompts of so many tokens."""
-        return prompt % self.length if self.from_prompt else np.zeros_like(prompt)
-
-    def of(self, prompt: np.ndarray, length: int) -> np.ndarray:
-        """int64 [n, L]: the block of every position, after prompts of so many tokens."""
-        return (self.before(prompt)[:, None] + np.arange(length)) // self.length
 
 
 class State:
     """B rows of tokens, each on its way from blanks to an answer.
 
     Args:
-        dllm: whose tokens. lanes: B. length: L. blocks: what is decoded together.
+        dllm: whose tokens. lanes: B. length: L. blocks: what is decoded together. certainty: keep that.
 
     Attributes:
         tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
@@ -51,7 +31,8 @@ class State:
             action committed a proposal, when it did, 0 elsewhere; None where nobody asks for it.
         running: bool [B], the episode goes on. stale: bool [B], tokens changed since they were predicted.
         blanks: int64 [B], how many positions were masked at the start; masked: how many still are; unmaskable: how
-            many of them in the active block; first_mask: the position of the first one.
+            many of them in the active block; first_mask: the position of the first one in a block that is not over.
+            whole: bool [B], no block was left with masks.
     """
 
     def __init__(self, dllm: DLLM, lanes: int, length: int, blocks: Blocks, *, certainty: bool):
@@ -61,13 +42,14 @@ class State:
         self.starts = [Start.of([], [dllm.eos_id] * length, dllm.mask_id)] * lanes
         self.example = np.full(lanes, EMPTY)
         self.running, self.stale = np.zeros((2, lanes), bool)
+        self.whole = np.ones(lanes, bool)
         self.blanks, self.masked, self.unmaskable, self.first_mask = np.zeros((4, lanes), np.int64)
         self.steps: Tensor = torch.zeros(lanes, dtype=torch.int64, device=device)
         self.key = torch.zeros(lanes, dtype=torch.int64, device=device)
         self.fresh = torch.zeros(lanes, length, dtype=torch.bool, device=device)
         self.certainty: Tensor | None = torch.zeros(lanes, length, device=device) if certainty else None
         self.position = torch.arange(length, device=device)
-        self.block: Tensor = torch.zeros(lanes, length, dtype=torch.int64, device=device)
+        self.active = ActiveBlocks(lanes, length, blocks.most_steps, device)
         self.stop_ids = torch.tensor(sorted(dllm.stop_ids), device=device)
 
     @property
@@ -79,13 +61,6 @@ class State:
     def block_length(self) -> int:
         """BL"""
         return self.blocks.length
-
-    def legal(self, mask: Tensor, lanes: Tensor | None = None) -> Tensor:
-        """bool [B, L], masked positions of each lane's active block, the first block that still has masks; or [b, L] of
-        the lanes int64 [b]."""
-        block = self.block if lanes is None else self.block[lanes]
-        active = torch.where(mask, block, self.L).amin(1, keepdim=True)  # (B, 1)
-        return mask & (block == active)
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -108,10 +83,11 @@ class State:
             self.certainty[where] = 0
         self.example[lanes] = examples
         self.running[lanes] = self.stale[lanes] = examples != EMPTY
+        self.whole[lanes] = True
         masked = np.stack([start.blanks for start in starts])  # (n, L)
         first = masked.argmax(1)
         block = self.blocks.of(np.array([len(start.prompt) for start in starts]), self.L)  # (n, L)
-        self.block[where] = upload(block, self.tokens.device)
+        self.active.begin(where, upload(block, self.tokens.device))
         inside = block == np.take_along_axis(block, first[:, None], 1)
         self.blanks[lanes] = self.masked[lanes] = masked.sum(1)
         self.unmaskable[lanes] = (masked & inside).sum(1)
@@ -126,22 +102,26 @@ class State:
     def tensors(self) -> list[Tensor]:
         """What is kept per lane on the device, [B, ...] each."""
         optional = [] if self.certainty is None else [self.certainty]
-        return [self.tokens, self.steps, self.key, self.fresh, self.block, *optional]
+        return [self.tokens, self.steps, self.key, self.fresh, *self.active.tensors(), *optional]
 
-    def request(self, lanes: np.ndarray, lookahead: bool) -> Request:
-        """What to ask of the dLLM about some lanes: all their masked positions, or the legal ones only."""
+    def request(self, lanes: np.ndarray, lookahead: bool, committed: bool) -> Request:
+        """What to ask of the dLLM about some lanes: all their masked positions, or the legal ones only; and those that
+        are committed, or not."""
         index = upload(lanes, self.tokens.device)
         tokens = self.tokens[index]
         mask = tokens[:, -self.L :] == self.dllm.mask_id
-        untouched = self.masked == self.blanks
+        where, count = (mask, self.masked) if lookahead else (self.active.legal(mask, index), self.unmaskable)
+        if committed:
+            where, count = where | ~mask, count + self.L - self.masked
+        untouched = (self.masked == self.blanks) & self.whole
         prompt = np.array([len(self.starts[lane].prompt) for lane in lanes])
         return Request(
             lanes=lanes,
             length=prompt + self.L,
             tokens=tokens,
-            where=mask if lookahead else self.legal(mask, index),
-            count=(self.masked if lookahead else self.unmaskable)[lanes],
-            block=(self.blocks.before(prompt) + self.first_mask[lanes]) // self.block_length,
+            where=where,
+            count=count[lanes],
+            block=(self.blocks.before(prompt) + np.minimum(self.first_mask[lanes], self.L - 1)) // self.block_length,
             key=fold(self.key[index], self.steps[index]),
             start=[self.starts[lane].row.astype(np.int32).tobytes() if untouched[lane] else None for lane in lanes],
         )
@@ -151,29 +131,34 @@ class State:
 
         Returns:
             ``completion`` int64 [B, L], ``steps`` int64 [B], and int64 [B] that are 1 where so: ``changed``, a token
-            was committed; ``complete``, nothing is left to decode.
+            was committed; ``left``, a block was left with masks; ``complete``, nothing is left to decode.
         """
         mask = self.mask
+        active = self.active.block(mask)
         running = upload(self.running, mask.device)[:, None]
-        chosen = action.bool() & self.legal(mask) & running  # a lane that was truncated stays as it is
+        legal = mask & (self.active.of == active[:, None])
+        chosen = action.bool() & legal & running  # a lane that was truncated stays as it is
         completion = torch.where(chosen, said.proposal, self.tokens[:, -self.L :])
         self.tokens[:, -self.L :] = completion
         self.steps += (mask & running).any(1)
         self.fresh = chosen
         if self.certainty is not None:
             self.certainty = torch.where(chosen, said.confidence[..., 0], self.certainty)
-        left = completion == self.dllm.mask_id
-        first = torch.where(left, self.position, self.L).amin(1)
+        masked = completion == self.dllm.mask_id
+        left = self.active.step(active, masked, running[:, 0])
+        unmaskable = self.active.legal(masked)
         host = download(
             completion=completion,
             changed=chosen.any(1),
-            masked=left.sum(1),
-            unmaskable=self.legal(left).sum(1),
-            first_mask=first,
-            complete=self._complete(completion, first, stop_at_eos),
+            masked=masked.sum(1),
+            unmaskable=unmaskable.sum(1),
+            first_mask=torch.where(unmaskable, self.position, self.L).amin(1),
+            left=left,
+            complete=self._complete(completion, torch.where(masked, self.position, self.L).amin(1), stop_at_eos),
             steps=self.steps,
         )
         self.masked, self.unmaskable, self.first_mask = host["masked"], host["unmaskable"], host["first_mask"]
+        self.whole &= host["left"] == 0
         return host
 
     def _complete(self, completion: Tensor, first_mask: Tensor, stop_at_eos: bool) -> Tensor:

@@ -20,6 +20,7 @@ from dllm_gym.checks import whole
 from dllm_gym.models import DLLM, Sampling, load_dllm
 from dllm_gym.models.batches import upload
 from dllm_gym.models.views import View
+from dllm_gym.process.blocks import Blocks
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import ENTRIES, FLAGS, Entry, Moment
 from dllm_gym.process.frames import frame_of
@@ -27,7 +28,7 @@ from dllm_gym.process.grading import Grading, Outcome
 from dllm_gym.process.predictions import Predictions, Work
 from dllm_gym.process.rewards import AlphaRange, Pay
 from dllm_gym.process.starts import Starts
-from dllm_gym.process.state import Blocks, State
+from dllm_gym.process.state import State
 from dllm_gym.render import Frame
 from dllm_gym.tasks import make_task
 
@@ -50,14 +51,15 @@ def make_cache(kind: str, lanes: State) -> BlockCache | None:
 
 def blocks_of(config: EnvConfig, dllm: DLLM, length: int) -> Blocks:
     """The blocks of completions of L tokens; ValueError for such as do not fit."""
+    most = config.steps_per_block
     if config.block_length is None:
-        return Blocks(length)
+        return Blocks(length, most_steps=most)
     own = "completion" if getattr(dllm, "view", View()).block is None else "prompt"
     if (config.block_origin or own) == "prompt":
-        return Blocks(config.block_length, from_prompt=True)
+        return Blocks(config.block_length, from_prompt=True, most_steps=most)
     if length % config.block_length:
         raise ValueError(f"block_length={config.block_length} does not divide gen_length={length}")
-    return Blocks(config.block_length)
+    return Blocks(config.block_length, most_steps=most)
 
 
 class Unmasking(State):
@@ -94,6 +96,7 @@ class Unmasking(State):
         self.source = Starts(self.task, dllm, L, config)
         self.examples, self.dropped = self.source.examples, self.source.dropped
         super().__init__(dllm, B, L, blocks, certainty=config.committed)
+        self.committed_confidence = config.committed_confidence
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
         self.preference: Tensor = torch.zeros(B, device=dllm.device)
         cache = make_cache(config.cache, self)
@@ -128,7 +131,7 @@ class Unmasking(State):
     def observe(self) -> dict[str, Tensor]:
         """The observation of every lane, in fresh tensors (see the environment's docstring)."""
         mask = self.mask
-        now = Moment(self, mask, self.legal(mask))
+        now = Moment(self, mask, self.active.legal(mask))
         return {entry.name: entry.show(now) for entry in self.entries}
 
     def begin(
@@ -162,7 +165,7 @@ class Unmasking(State):
         """
         lanes = np.flatnonzero(self.stale)
         if len(lanes):
-            self.predictions.renew(self.request(lanes, self.lookahead))
+            self.predictions.renew(self.request(lanes, self.lookahead, self.committed_confidence))
             self.stale[:] = False
 
     def commit(self, action: Tensor) -> np.ndarray:
@@ -180,7 +183,9 @@ class Unmasking(State):
         host = self.move(action, self.predictions, self.stop_at_eos)
         changed, complete = host["changed"] > 0, host["complete"] > 0
         terminated = self.running & complete
-        truncated = self.running & ~terminated & (host["steps"] >= self.max_steps)
+        truncated = self.running & ~terminated & ((host["steps"] >= self.max_steps) | (self.unmaskable == 0))
+        if not self.lookahead or self.predictions.cache is not None:
+            changed |= host["left"] > 0  # of the next block nothing has been predicted, or not by what stands now
         self.stale |= changed & ~complete
         self.predictions.stay(np.flatnonzero(self.running & ~terminated & ~changed))
         outcome = Outcome(terminated, truncated, host["steps"], self.example.copy(), self.alpha.copy())

@@ -150,7 +150,7 @@ def test_work_adds_up(mixed_task):
 
 def test_a_lane_takes_what_its_entries_take():
     core = envs(4, top_k=2).core
-    each = 8 * 20 + 4 * 2 * 20 + 20 + 8 + 8  # proposals, confidences, fresh, steps, key
+    each = 8 * 20 + 4 * 2 * 20 + 20 + 8 * 20 + 4 * 8  # proposals, confidences, fresh, blocks; steps, key, block
     prompts = core.tokens.shape[1] - 20
     assert core.bytes_per_lane == each + 8 * (20 + prompts)
 
@@ -302,7 +302,7 @@ def test_the_first_step_of_a_block_is_exact_with_a_cache(kind):
     for env in (plain, cached):
         env.reset(seed=0)
     for _ in range(3):
-        legal = plain.core.legal(plain.core.mask)
+        legal = plain.core.active.legal(plain.core.mask)
         (one, *_), (other, *_) = (env.step(legal) for env in (plain, cached))  # a whole block at once
         torch.testing.assert_close(one["confidence"], other["confidence"], atol=1e-5, rtol=1e-4)
 

@@ -120,6 +120,8 @@ PUBLISHED = {  # what Learning Unmasking Policies trains with
     "prompts_per_round": 16,
     "rounds": 14_973 // 16,
     "max_prompt_length": 200,
+    "cut_prompts": True,
+    "env.committed_confidence": True,
     "env.gen_length": 256,
     "agent.group_size": 8,
     "agent.algorithm.epochs": 2,
@@ -156,12 +158,12 @@ def test_published_runs_compose_and_make_two_updates(family, block_length, llada
         for part in key.split("."):
             found = found[part]
         assert found == value, key
-    assert cfg.env.block_length == block_length
+    assert cfg.env.block_length == cfg.env.steps_per_block == block_length
     assert cfg.distribution.evaluate_temperature == (0.5 if block_length == 32 else 1.0)
     assert ("Dream" if family == "dream" else "LLaDA") in cfg.model.model
     model = llada if family == "llada" else dream(tmp_path / "dream", max_position_embeddings=4096)
     files = [f"task.tasks.{n}.data={data / n}" for n in ("gsm8k", "math")]
-    small = ["max_prompt_length=null", "rounds=2", "prompts_per_round=2", "agent.group_size=4", "num_envs=8"]
+    small = ["max_prompt_length=150", "rounds=2", "prompts_per_round=2", "agent.group_size=4", "num_envs=8"]
     varied = "reward.reward=additive"  # random weights answer nothing: only the time differs between episodes
     tiny = [f"model.model={model}", "model.dtype=float32", varied, *files, *small, *QUICK, "env.gen_length=32"]
     call("train", tmp_path, name, *tiny, f"env.block_length={min(block_length, 32)}", "heuristics=none")
