@@ -198,7 +198,10 @@ class Decoder:
     def _load(self, model: Any, device: Any, dtype: Any) -> DLLM:
         trained = {"model": "tiny", **(self.manner.model if self.manner else {})}
         options = trained if model is None else {"model": model}
-        return load_dllm(**{**options, "device": device, **({} if dtype is None else {"dtype": dtype})})
+        try:
+            return load_dllm(**{**options, "device": device, **({} if dtype is None else {"dtype": dtype})})
+        except TypeError as error:  # of what a policy says of its dLLM
+            raise ValueError(f"the policy's dLLM, {trained}: {error}") from None
 
     def _refuse_misfits(self) -> None:
         """ValueError for a policy that cannot read this dLLM; a warning for one that was trained otherwise."""

@@ -201,6 +201,13 @@ def test_a_policy_that_cannot_read_the_dllm_is_refused():
         Decoder("tiny", policy=reads)
 
 
+def test_what_a_policy_says_of_its_dllm_and_environment_is_checked():
+    with pytest.raises(ValueError, match="the policy's dLLM.*'speed'"):
+        Decoder(policy=network(model={"model": "tiny", "speed": 3}))
+    with pytest.raises(ValueError, match="block_length='many'"):
+        Decoder(policy=network(env={"gen_length": 20, "block_length": "many"}))
+
+
 def test_full_diffusion_stays_full_diffusion_at_another_length():
     decoder = Decoder(policy=network(), gen_length=20)
     assert decoder(["1+2=".ljust(16)])[0].tokens.shape == (20,) and "block_length" not in decoder.env
