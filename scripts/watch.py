@@ -2,10 +2,12 @@
 
 python scripts/watch.py example=3
 python scripts/watch.py checkpoint=outputs/train/2026-01-01_12-00-00 gif=replay.gif
+python scripts/watch.py html=race.html 'against=["joint(0.4)", "top_k(2)"]'
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -16,10 +18,9 @@ from settings import refuse_chosen
 from dllm_gym.checks import flag, number, text, whole, writable
 from dllm_gym.checks import seed as check_seed
 from dllm_gym.render import LEAST_FPS, MOST_FPS, Viewer, pixels
+from dllm_gym.replay import MOST, page
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from agents.rollout import Decider
     from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
     from dllm_gym.render import Frame
@@ -34,6 +35,14 @@ def check_settings(cfg: DictConfig) -> None:
     check_seed("seed", cfg.seed)
     if cfg.gif is not None:
         writable("gif", cfg.gif, (".gif",))
+    whole("examples", cfg.examples)
+    if cfg.html is None:
+        refuse_chosen(["against", "examples"], "they are of a page, html=race.html")
+    else:
+        writable("html", cfg.html, (".html", ".htm"))
+        refuse_chosen(["gif", "fps"], "a page has its own speed")
+        if len(cfg.against) > MOST - 1:
+            raise ValueError(f"against={list(cfg.against)}: at most {MOST - 1} others have room on a page")
     if cfg.checkpoint is None:
         refuse_chosen(["greedy", "alpha"], "they are of a checkpoint's policy")
     else:
@@ -54,6 +63,8 @@ def main(cfg: DictConfig) -> None:
     )
     from run_folder import load_policy
 
+    from dllm_gym.deciders.player import PolicyDecider, make_decider
+
     check_settings(cfg)
     decider = hydra.utils.instantiate(cfg.decider)
     if cfg.checkpoint is not None:
@@ -66,37 +77,52 @@ def main(cfg: DictConfig) -> None:
             refuse_chosen(["alpha"], f"the policy of {cfg.checkpoint} has no preference")
     refuse_a_range_that_nothing_reads(cfg, [decider])
     device = prepare(cfg)
-    if cfg.checkpoint is not None:
-        policy.to(device)
-    envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements([decider]))
+    racers = [decider, *(make_decider(name) for name in cfg.against)]
+    for racer in racers:
+        if isinstance(racer, PolicyDecider):
+            racer.policy.to(device)
+    envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements(racers))
     example = whole("example", cfg.example, least=0, most=len(envs.core.examples) - 1)
-    options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
-    observation, _ = envs.reset(seed=cfg.seed, options=options)
+    if cfg.html is not None:
+        write_page(envs, racers, cfg)
+        return
     print(f"{decider} on example {example} of {cfg.split}\n")
-    frames = replay(envs, decider, observation, cfg)
+    frames = replay(envs, decider, example, cfg.seed, Viewer(fps=cfg.fps))
     if cfg.gif is not None:
         save_gif([pixels(frame) for frame in frames], cfg.gif, cfg.fps)
         print(f"written: {cfg.gif}")
 
 
-def replay(envs: DLLMUnmaskVectorEnv, decider: Decider, observation: dict[str, Tensor], cfg: DictConfig) -> list[Frame]:
-    """Decode and show one episode, step by step; returns what was shown."""
+def replay(
+    envs: DLLMUnmaskVectorEnv, decider: Decider, example: int, seed: int, viewer: Viewer | None = None
+) -> list[Frame]:
+    """Decode one episode, step by step, and show it if there is a viewer; returns what was to be seen."""
     import torch
 
     from dllm_gym.noise import fold, uniform
 
-    viewer, frames, done = Viewer(fps=cfg.fps), [], False
-    device = envs.device
-    stream = fold(torch.full((1,), cfg.seed, dtype=torch.int64, device=device), 0)
+    options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
+    observation, _ = envs.reset(seed=seed, options=options)
+    frames, done = [], False
+    stream = fold(torch.full((1,), seed, dtype=torch.int64, device=envs.device), 0)
     for step in range(envs.core.max_steps + 1):
         frames.append(envs.core.frame(0))
-        viewer.show(frames[-1])
+        if viewer is not None:
+            viewer.show(frames[-1])
         if done:
             break
         action = decider(observation, uniform(stream, step, envs.core.L))
         observation, _, terminated, truncated, _ = envs.step(action)
         done = bool(terminated | truncated)
     return frames
+
+
+def write_page(envs: DLLMUnmaskVectorEnv, racers: list[Decider], cfg: DictConfig) -> None:
+    """Let them race on the same examples, and write the page."""
+    last = min(cfg.example + cfg.examples, len(envs.core.examples))
+    races = [[replay(envs, racer, example, cfg.seed) for racer in racers] for example in range(cfg.example, last)]
+    Path(cfg.html).write_text(page([str(racer) for racer in racers], races), encoding="utf-8")
+    print(f"written: {cfg.html}")
 
 
 def save_gif(pictures: list, path: str, fps: float) -> None:

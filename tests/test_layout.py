@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "": {"decode"},  # when it is asked for
     **dict.fromkeys(["checks", "noise", "prompt", "render"], set()),
+    "replay": {"render"},
     "runs": set(),  # files only
     "deciders": {"runs"},  # tensors, and where they are stored: no environment, no model
     "models": {"noise", "prompt"},

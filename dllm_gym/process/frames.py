@@ -25,7 +25,7 @@ def frame_of(core: Unmasking, lane: int) -> Frame:
         tokens=[END if t in core.dllm.stop_ids else core.dllm.token_text(t) for t in tokens],
         masked=masked.cpu().numpy(),
         confidence=torch.where(masked, predicted.confidence[lane, :, 0], 1.0).cpu().numpy(),
-        fresh=core.fresh[lane].cpu().numpy(),
+        fresh=core.fresh[lane].cpu().numpy().copy(),  # the next episode writes into it
         legal=core.active.legal(mask)[lane].cpu().numpy(),
         step=int(core.steps[lane]),
         given=core.L - int(core.blanks[lane]) if index != EMPTY else 0,

@@ -1,0 +1,49 @@
+"""A page on which decoders race on the same prompts: one file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dllm_gym.render import Frame, grid_columns
+
+MOST = 4  # decoders side by side
+TEMPLATE = Path(__file__).with_name("replay.html")
+
+
+def page(deciders: Sequence[str], races: Sequence[Sequence[Sequence[Frame]]]) -> str:
+    """The page as HTML.
+
+    Args:
+        deciders: what each is called; at most :data:`MOST`.
+        races: per prompt and decider the frames of one episode, the last one with its score.
+
+    Raises:
+        ValueError: there is nothing to show, too much, or not one episode per prompt and decider.
+    """
+    if not 1 <= len(deciders) <= MOST or not races or any(len(race) != len(deciders) for race in races):
+        raise ValueError(f"need 1 to {MOST} deciders, and an episode of each for every prompt")
+    prompts = [{"prompt": race[0][0].prompt, "runs": [_run(frames) for frames in race]} for race in races]
+    data = {"deciders": list(deciders), "columns": grid_columns(len(races[0][0][0].tokens)), "prompts": prompts}
+    # Within a script element "</script>" and "<!--" would be read as HTML.
+    return TEMPLATE.read_text(encoding="utf-8").replace("$data", json.dumps(data).replace("<", "\\u003c"))
+
+
+def _run(frames: Sequence[Frame]) -> dict[str, Any]:
+    blanks = len(frames[0].tokens) - frames[0].given
+    return {"frames": [_moment(frame) for frame in frames], "score": frames[-1].score, "blanks": blanks}
+
+
+def _moment(frame: Frame) -> dict[str, Any]:
+    """Plain data; confidences in whole percent, rounded down."""
+    return {
+        "tokens": list(frame.tokens),
+        "masked": frame.masked.astype(int).tolist(),
+        "confidence": (100 * np.nan_to_num(frame.confidence)).astype(int).tolist(),
+        "fresh": np.flatnonzero(frame.fresh).tolist(),
+        "legal": np.flatnonzero(frame.legal).tolist(),
+    }

@@ -1,0 +1,132 @@
+"""The page on which decoders race: what it holds, and, in a browser, what it does when it is clicked."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import hydra
+import pytest
+from test_scripts import call, compose_config
+
+from dllm_gym import Decoder
+from dllm_gym.render import Frame
+from dllm_gym.replay import page
+
+NAMES = ["threshold(0.9)", "joint(0.4)", "random(20)"]
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+# What is done on the page, and what is then to be seen: runs behind the page's own script.
+CLICKS = """
+<pre id="result"></pre><script>
+const seen = [], fails = [];
+window.onerror = (...error) => { fails.push(String(error[0])); };
+const shows = () => [...document.querySelectorAll("section")].map(box => ({
+  nfe: Number(box.querySelector("b").textContent),
+  text: box.querySelector(".cells").getAttribute("aria-label"),
+  fresh: box.querySelectorAll(".fresh").length,
+  verdict: box.querySelector(".verdict").textContent,
+  wrong: box.className === "wrong",
+}));
+const key = name => document.body.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+const note = name => seen.push([name, at("play").textContent, step, shows()]);
+try {
+  note("start"); at("play").click(); note("click on play"); at("next").click(); note("click on next");
+  at("back").click(); note("click on back"); key("ArrowRight"); key("ArrowRight"); note("two arrows");
+  key("End"); note("end"); key("Home"); note("home");
+  at("scrub").value = 1; at("scrub").oninput(); note("scrub"); key(" "); note("space"); key(" ");
+  key("]"); key("End"); note("other prompt");
+} catch (error) { fails.push(String(error)); }
+document.getElementById("result").textContent = JSON.stringify({seen, fails});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory):
+    file = tmp_path_factory.mktemp("race") / "race.html"
+    decider = "decider={_target_: dllm_gym.deciders.rules.Threshold, threshold: 0.9}"
+    call("watch", file.parent, f"html={file}", decider, f"against={json.dumps(NAMES[1:])}", "examples=2", "example=3")
+    return file
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Of every prompt what each decider makes of it: text and NFE."""
+    task = hydra.utils.instantiate(compose_config("watch").task)
+    found = []
+    for example in task.examples("test").to_list()[3:5]:
+        results = [Decoder("tiny", name, gen_length=20)([task.prompt(example)])[0] for name in NAMES]
+        found.append([(result.text, result.nfe, task.grade(example, result.text)) for result in results])
+    return found
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(race):
+    text = race.read_text()
+    assert not re.search(r"https?:|src=|href=|@import|url\(", text)
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', text, re.DOTALL)[1])
+    assert data["deciders"] == NAMES and len(data["prompts"]) == 2
+
+
+def test_what_is_in_a_text_does_not_end_the_script():
+    import numpy as np
+
+    bits = np.zeros(1, bool)
+    frame = Frame("</script><b>&", ["<!--"], bits, np.ones(1), bits, bits, 0, score=1.0)
+    text = page(["a</script>"], [[[frame]]])
+    assert text.count("</script>") == 2 and "<b>&" not in text
+    for deciders, races in (([], []), (["a"], []), (["a"] * 5, [[[frame]] * 5]), (["a", "b"], [[[frame]]])):
+        with pytest.raises(ValueError, match="1 to 4 deciders"):
+            page(deciders, races)
+
+
+WRONG = [
+    (["against=[a]"], "against is read by nothing"),
+    (["html=x.gif"], "html='x.gif'"),
+    (["html=x.html", "against=[a,b,c,d]"], "at most 3"),
+    (["html=x.html", "against=[nope]"], "policy='nope'"),
+    (["html=x.html", "examples=0"], "examples=0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), WRONG, ids=str)
+def test_a_wrong_setting_is_named(settings, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        call("watch", tmp_path, *settings)
+
+
+@pytest.fixture(scope="module")
+def clicked(race):
+    if BROWSER is None:
+        pytest.skip("needs Chromium (Debian package chromium)")
+    copy = race.with_name("clicked.html")
+    copy.write_text(race.read_text().replace("</html>", f"{CLICKS}</html>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--force-prefers-reduced-motion", "--dump-dom"]
+    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    result = json.loads(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)[1])
+    assert result["fails"] == []
+    return {name: (button, step, lanes) for name, button, step, lanes in result["seen"]}
+
+
+def test_every_button_and_key_does_what_it_says(clicked, ends):
+    steps = {name: step for name, (_, step, _) in clicked.items()}
+    longest = max(nfe for _, nfe, _ in ends[0])
+    assert steps == {
+        "start": 0, "click on play": 0, "click on next": 1, "click on back": 0, "two arrows": 2,
+        "end": longest, "home": 0, "scrub": 1, "space": 1, "other prompt": max(nfe for _, nfe, _ in ends[1]),
+    }  # fmt: skip
+    playing = {name for name, (button, _, _) in clicked.items() if button == "pause"}
+    assert playing == {"click on play", "space"}
+
+
+def test_the_ends_are_the_decoders_own(clicked, ends):
+    for name, expected in (("end", ends[0]), ("other prompt", ends[1])):
+        for lane, (text, nfe, score) in zip(clicked[name][2], expected, strict=True):
+            assert lane["nfe"] == nfe and lane["text"].partition("∎")[0] == text
+            assert lane["wrong"] == (score < 1) and ("right" in lane["verdict"]) == (score == 1)
+    assert {lane["wrong"] for lane in clicked["end"][2]} == {True, False}
+    first = clicked["click on next"][2]
+    assert first[2]["fresh"] == 20 and 0 < first[0]["fresh"] < 20 and "_" in first[0]["text"]
