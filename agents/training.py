@@ -97,6 +97,8 @@ def episode_metrics(results: Sequence[Results]) -> dict[str, float]:
         "reward": float(torch.cat([r.reward for r in results]).mean()),
         "accuracy": float(torch.cat([r.score for r in results]).mean()),
         "nfe": float(torch.cat([r.nfe for r in results]).float().mean()),
+        "nfe_std": float(torch.cat([r.nfe for r in results]).float().std(unbiased=False)),
+        "ended_masked": float(torch.cat([r.masked for r in results if r.masked is not None]).float().mean()),
         "row_forwards": float(sum(r.row_forwards for r in results)),
         "empty_steps": sum(r.empty_steps * r.steps for r in results) / steps,
         "idle_lanes": 1 - steps / lane_steps,

@@ -311,7 +311,8 @@ def train(
                 bar.set_description(f"training, decoding {cfg.prompts_per_round * cfg.agent.group_size} episodes")
                 episodes = collector.collect(learner.algorithm, learner.player)
                 bar.set_description("training, learning from them")
-                update = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
+                wanted = learner.player.gauge.take()
+                update = learner.algorithm.update(episodes.batch, episodes.reward, episodes.group) | wanted
                 seconds = time.perf_counter() - began
                 metrics.log(
                     round_, episodes.results, {**update, "equal_groups": collector.equal_groups, "seconds": seconds}

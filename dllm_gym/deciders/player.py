@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from dllm_gym.checks import number
 from dllm_gym.deciders.distributions import UnmaskDistribution
@@ -53,6 +54,35 @@ def check_temperature(temperature: float) -> float:
     return temperature
 
 
+class Gauge:
+    """What a policy wanted since it was last asked, as sums on its device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def see(self, distribution: UnmaskDistribution) -> None:
+        """A step in n lanes."""
+        legal = distribution.action_mask
+        wish = distribution.logits.sigmoid() * legal
+        now = {"unmask_probability": wish.sum(), "legal": legal.sum(), "steps": legal.any(-1).sum()}
+        if type(distribution).entropy is not Distribution.entropy:
+            now["entropy"] = distribution.entropy().sum()
+        top = wish.amax()
+        self.sums["top"] = torch.maximum(self.sums.get("top", top), top)
+        for name, value in now.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def take(self) -> dict[str, float]:
+        """``unmask_probability`` (mean of sigmoid(logit) at legal positions), ``max_unmask_probability`` and, where it
+        has a closed form, ``entropy`` (mean of a step, in nats); {} if nothing was seen. Begins anew."""
+        sums, self.sums = {name: float(value) for name, value in self.sums.items()}, {}
+        if not sums:
+            return {}
+        seen = {"unmask_probability": sums["unmask_probability"] / max(sums["legal"], 1)}
+        seen["max_unmask_probability"] = sums["top"]
+        return seen | ({"entropy": sums["entropy"] / max(sums["steps"], 1)} if "entropy" in sums else {})
+
+
 class PolicyDecider:
     """A policy as a decider: ``decider(observation, noise) -> action``.
 
@@ -74,6 +104,7 @@ class PolicyDecider:
     ):
         self.policy, self.distribution_class, self.alpha = policy, distribution_class, alpha
         self.temperature, self.greedy = check_temperature(temperature), greedy
+        self.gauge = Gauge()
 
     @property
     def requires(self) -> dict[str, int]:
@@ -87,6 +118,7 @@ class PolicyDecider:
     def decide(self, observation: Mapping[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
         """The action int8 [.., L] and its log-probability float32 [..] (of the greedy action too)."""
         action, distribution = self._act(observation, noise)
+        self.gauge.see(distribution)
         return action, distribution.log_prob(action)
 
     def distribution(self, observation: Mapping[str, Tensor]) -> UnmaskDistribution:

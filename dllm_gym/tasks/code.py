@@ -103,7 +103,7 @@ class CodeTask(DatasetTask):
         """
         if not completion.strip():
             return ""
-        if self.prefilled:
+        if self.is_prefilled(example):
             return self.head(example) + _CLOSING.split(completion, maxsplit=1)[0]
         block = _BLOCK.search(completion)
         return f"{self.stub(example)}\n{block.group(1) if block else completion}"

@@ -31,20 +31,25 @@ class PromptStyle:
         prefill: how every reply begins (where the task asks for a prefill).
         reply: an answer with its working, as shots show it; ``{working}`` and ``{answer}`` are filled in, other braces
             are written twice.
+        question: the user's whole text, in which ``{question}`` stands for the bare question (without what the task
+            adds to it); None: the task's own text.
 
     Raises:
-        ValueError: ``reply`` has other fields.
+        ValueError: ``reply`` has other fields, or ``question`` lacks its own.
     """
 
     instructions: str = ""
     prefill: str = ""
     reply: str = "{working}\n{answer}"
+    question: str | None = None
 
     def __post_init__(self) -> None:
         try:
             self.write("", "")
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"reply={self.reply!r}: fields are {{working}} and {{answer}} ({error})") from error
+        if self.question is not None and "{question}" not in self.question:
+            raise ValueError(f"question={self.question!r}: need a text that holds {{question}}")
 
     def write(self, working: str, answer: str) -> str:
         """A whole reply in this style.
@@ -106,6 +111,8 @@ class DatasetTask(Task):
             stands in :attr:`dropped`.
         prompt_style: a name among :attr:`styles`, or a :class:`PromptStyle`.
         prefilled: begin the reply with the style's prefill (part of the prompt, not of the L tokens).
+        prefilled_in_train: False: not in the split ``train`` (as LUP's published code, in evaluation only).
+        grader: one of :attr:`graders`.
         held_out: the share of ``train`` that becomes a missing ``validation`` or ``test`` split, 0 for none.
 
     Attributes:
@@ -130,6 +137,8 @@ class DatasetTask(Task):
     """Where rows are looked for and how they are read."""
     system: str = ""
     """Text of a system turn; none if empty."""
+    graders: ClassVar[tuple[str, ...]] = ("own",)
+    """How answers may be read; ``lup``: as LUP's published code reads them, for comparisons."""
 
     def __init__(
         self,
@@ -140,6 +149,8 @@ class DatasetTask(Task):
         max_prompt_chars: int | None = None,
         prompt_style: str | PromptStyle | None = None,
         prefilled: bool = True,
+        prefilled_in_train: bool = True,
+        grader: str = "own",
         held_out: float = 0.1,
     ):
         self.data = data
@@ -148,6 +159,8 @@ class DatasetTask(Task):
         self.max_prompt_chars = None if max_prompt_chars is None else whole("max_prompt_chars", max_prompt_chars)
         self.style = chosen_style(prompt_style, self.styles)
         self.prefilled = flag("prefilled", prefilled)
+        self.prefilled_in_train = flag("prefilled_in_train", prefilled_in_train)
+        self.grader = choice("grader", grader, self.graders)
         self.held_out = number("held_out", held_out, least=0, most=0.4)
         self.dropped: dict[str, int] = {}
         self.rows = self.rows_of(self)
@@ -168,6 +181,10 @@ class DatasetTask(Task):
     def question(self, example: Example) -> str:
         """The text of the user turn, without the style's instructions."""
 
+    def bare(self, example: Example) -> str:
+        """The question alone, for styles that write the rest themselves."""
+        return self.question(example)
+
     @abstractmethod
     def reply(self, example: Example) -> str:
         """The whole reply that a shot shows, prefill included."""
@@ -178,24 +195,32 @@ class DatasetTask(Task):
 
     def whole_reply(self, example: Example, completion: str) -> str:
         """The reply that ``completion`` ends: prefill and completion."""
-        return (self.prefill(example) if self.prefilled else "") + completion
+        return (self.prefill(example) if self.is_prefilled(example) else "") + completion
+
+    def is_prefilled(self, example: Example) -> bool:
+        """Whether its reply begins with the prefill."""
+        return self.prefilled and (self.prefilled_in_train or example.get("split") != "train")
 
     # ---- prompts ----
 
     def prompt(self, example: Example) -> Chat:
-        turns = [*self._shot_turns(), ("user", self.question(example))]
+        turns = [*self._shot_turns(), ("user", self._asked(example))]
         if self.style.instructions:
             turns[0] = ("user", f"{self.style.instructions}\n\n{turns[0][1]}")
         if self.system:
             turns.insert(0, ("system", self.system))
-        return Chat(tuple(turns), self.prefill(example) if self.prefilled else "")
+        return Chat(tuple(turns), self.prefill(example) if self.is_prefilled(example) else "")
+
+    def _asked(self, example: Example) -> str:
+        whole = self.style.question
+        return self.question(example) if whole is None else whole.replace("{question}", self.bare(example))
 
     def _shot_turns(self) -> tuple[tuple[str, str], ...]:
         if self._shown is None:
             examples = self.rows.shots(self.shots) if self.shots else []
             if len(examples) < self.shots:
                 raise ValueError(f"shots={self.shots}: task {self.name!r} has {len(examples)} rows to choose from")
-            pairs = ((("user", self.question(e)), ("assistant", self.reply(e))) for e in examples)
+            pairs = ((("user", self._asked(e)), ("assistant", self.reply(e))) for e in examples)
             self._shown = tuple(turn for pair in pairs for turn in pair)
         return self._shown
 
@@ -205,19 +230,21 @@ class DatasetTask(Task):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is not a split of task {self.name!r}: choose one of {', '.join(SPLITS)}")
         if split not in self._splits:
-            self._splits[split] = self._build(split)
+            self._splits[split] = built(self, split)
         return self._splits[split]
 
-    def _build(self, split: str) -> Dataset:
-        rows, cap = self.rows.besides_shots(split, self.shots), self.max_prompt_chars
-        kept = [row for row in rows if cap is None or len(self.question(row)) <= cap]
-        self.dropped[split] = len(rows) - len(kept)
-        if self.dropped[split]:
-            counts = self.dropped[split], len(rows)
-            log.warning(
-                "task %r: max_prompt_chars=%s drops %d of %d examples of split %r", self.name, cap, *counts, split
-            )
-        if not kept:
-            why = f"max_prompt_chars={cap} drops all {len(rows)}" if rows else "the data hold no row for it"
-            raise ValueError(f"split={split!r} of task {self.name!r} is empty: {why}")
-        return as_dataset(kept, self.data, split)
+
+def built(task: DatasetTask, split: str) -> Dataset:
+    """The examples of a split, those with a longer question than is wanted left out."""
+    rows, cap = task.rows.besides_shots(split, task.shots), task.max_prompt_chars
+    kept = [row for row in rows if cap is None or len(task.question(row)) <= cap]
+    task.dropped[split] = len(rows) - len(kept)
+    if task.dropped[split]:
+        counts = task.dropped[split], len(rows)
+        log.warning("task %r: max_prompt_chars=%s drops %d of %d examples of split %r", task.name, cap, *counts, split)
+    if not kept:
+        why = f"max_prompt_chars={cap} drops all {len(rows)}" if rows else "the data hold no row for it"
+        raise ValueError(f"split={split!r} of task {task.name!r} is empty: {why}")
+    if not task.prefilled_in_train:  # where it comes from has to be known
+        kept = [{**row, "split": split} for row in kept]
+    return as_dataset(kept, task.data, split)

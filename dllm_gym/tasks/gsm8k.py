@@ -6,7 +6,7 @@ import re
 
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask
-from dllm_gym.tasks.grading.text import numbers, same_number
+from dllm_gym.tasks.grading.text import numbers, same_number, same_plain_number
 from dllm_gym.tasks.rows import Row, Source, cell
 
 
@@ -34,6 +34,7 @@ class GSM8K(DatasetTask):
     gen_length = 256
     hub = {"train": Source("openai/gsm8k", "main", "train"), "test": Source("openai/gsm8k", "main", "test")}
     fields = ("question", "answer")
+    graders = ("own", "lup")
 
     def prepare(self, row: Row) -> Row:
         working, _, answer = cell(row, "answer").rpartition("####")
@@ -42,6 +43,9 @@ class GSM8K(DatasetTask):
         working = re.sub(r"<<.*?>>", "", working).strip()
         return {"question": cell(row, "question"), "working": working, "answer": answer.strip()}
 
+    def bare(self, example: Example) -> str:
+        return example["question"]
+
     def question(self, example: Example) -> str:
         return f"{example['question']}\nWork it out step by step and put the final number into \\boxed{{}}."
 
@@ -49,4 +53,7 @@ class GSM8K(DatasetTask):
         return self.style.write(example["working"], f"\\boxed{{{example['answer']}}}")
 
     def grade(self, example: Example, completion: str) -> float:
-        return float(same_number(example["answer"], self.whole_reply(example, completion)))
+        reply = self.whole_reply(example, completion)
+        if self.grader == "lup":
+            return float(same_plain_number(example["answer"], reply))
+        return float(same_number(example["answer"], reply))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask
 from dllm_gym.tasks.grading.latex import equivalent, equivalent_all
-from dllm_gym.tasks.grading.text import boxes, marked
+from dllm_gym.tasks.grading.text import boxes, last_box, marked
 from dllm_gym.tasks.rows import Row, Source, cell
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Math(DatasetTask):
     gen_length = 256
     hub = {"train": Source("ankner/math-500"), "test": Source("HuggingFaceH4/MATH-500", split="test")}
     fields = ("problem",)
+    graders = ("own", "lup")
     files = {"math500": "test"}
 
     def prepare(self, row: Row) -> Row:
@@ -59,6 +60,9 @@ class Math(DatasetTask):
             raise ValueError(f"task {self.name!r} needs math-verify: pip install math-verify ({error})") from error
         return super().examples(split)
 
+    def bare(self, example: Example) -> str:
+        return example["problem"]
+
     def question(self, example: Example) -> str:
         return f"{example['problem']}\nDerive the result step by step and put it, in LaTeX, into \\boxed{{}}."
 
@@ -70,6 +74,7 @@ class Math(DatasetTask):
 
     def grade_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
         replies = [self.whole_reply(e, completion) for e, completion in zip(examples, completions, strict=True)]
-        answers = [marked(reply, hashes=False) or "" for reply in replies]
+        read = last_box if self.grader == "lup" else lambda reply: marked(reply, hashes=False)
+        answers = [read(reply) or "" for reply in replies]
         pairs = [(example["answer"], answer) for example, answer in zip(examples, answers, strict=True)]
         return [float(verdict) for verdict in equivalent_all(pairs)]

@@ -81,7 +81,14 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
 
 def results_of(score, nfe) -> Results:
     n = len(score)
-    return Results(torch.tensor(score), torch.tensor(score), torch.tensor(nfe), torch.arange(n), [""] * n)
+    return Results(
+        torch.tensor(score),
+        torch.tensor(score),
+        torch.tensor(nfe),
+        torch.arange(n),
+        [""] * n,
+        torch.zeros(n, dtype=torch.bool),
+    )
 
 
 def test_a_summary_averages_over_examples_and_seeds(tmp_path):

@@ -297,3 +297,17 @@ def test_a_policy_that_reads_the_joint_confidence_tells_equals_apart_and_ignores
     assert told.in_keys == ("confidence", "mask", "time", "action_mask", "preference")
     slow, fast = (call(told, {**obs, "preference": torch.full((6, 1), wish)}) for wish in (0.0, 1.0))
     assert not torch.allclose(slow, fast)
+
+
+def test_a_player_says_what_it_wanted_since_it_was_asked():
+    obs = observation(4)
+    player = PolicyDecider(small(), MaskedBernoulli, temperature=2.0)
+    assert player.gauge.take() == {}
+    for _ in range(2):
+        player.decide(obs, torch.rand(4, 9))
+    p, legal = (call(player.policy, obs) / 2).sigmoid(), obs["action_mask"] != 0
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()) * legal
+    expected = {"unmask_probability": p[legal].mean(), "max_unmask_probability": p[legal].max()}
+    expected["entropy"] = entropy.sum() / legal.any(-1).sum()
+    assert player.gauge.take() == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
+    assert player.gauge.take() == {}

@@ -809,3 +809,48 @@ def test_all_gold_answers_of_gsm8k_score_one_and_changed_ones_zero(split, count)
         wrong += [text for text in right if task.grade(example, text) != 1]
         wrong += [text for text in others if task.grade(example, text) != 0 and not (gold == 0 and "boxed" in text)]
     assert not wrong
+
+
+def test_a_style_may_replace_the_whole_question():
+    style = PromptStyle(question="Q: {question} {x}\nBe quick.", prefill="So")
+    assert GSM8K(prompt_style=style).prompt(EXAMPLE).turns == (("user", f"Q: {EXAMPLE['question']} {{x}}\nBe quick."),)
+    with pytest.raises(ValueError, match="question='Q': need a text that holds"):
+        PromptStyle(question="Q")
+
+
+def test_a_reply_may_be_prefilled_in_evaluation_only(tmp_path):
+    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(4)]
+    data = {split: write(tmp_path / f"{split}.json", rows) for split in ("train", "test")}
+    tasks = [GSM8K(data=data, held_out=0, prefilled_in_train=False), GSM8K(data=data, held_out=0)]
+    begins = [[task.prompt(task.examples(split)[0]).prefill for split in ("train", "test")] for task in tasks]
+    assert begins == [["", "<reasoning>\n"], ["<reasoning>\n"] * 2]
+    mixed = Mixture([tasks[0]])
+    assert [mixed.prompt(mixed.examples(split)[0]).prefill for split in ("train", "test")] == begins[0]
+
+
+@pytest.mark.parametrize(
+    ("gold", "reply", "own", "lup"),
+    [
+        ("72", r"\boxed{72}", 1, 1),
+        ("72", "<answer>72</answer>", 1, 0),
+        ("72", r"\boxed{71} \boxed{72 clips}", 1, 1),
+        ("72", r"\boxed{72} <answer>71</answer>", 0, 1),
+        ("2,125", r"\boxed{2,125}", 1, 0),
+        ("-3.5", r"\boxed{-3.50}", 1, 1),
+        ("3", "", 0, 0),
+    ],
+)
+def test_lups_grader_reads_the_last_box_alone(gold, reply, own, lup):
+    example = {"question": "?", "working": "", "answer": gold}
+    assert [GSM8K(grader=grader).grade(example, reply) for grader in ("own", "lup")] == [own, lup]
+    with pytest.raises(ValueError, match="grader='strict' is not known: choose one of own, lup"):
+        GSM8K(grader="strict")
+    with pytest.raises(ValueError, match="grader='lup' is not known: choose one of own"):
+        Countdown(grader="lup")
+
+
+def test_lups_grader_reads_formulas_in_the_last_box_alone():
+    example = {"problem": "?", "working": "", "answer": r"\frac{1}{2}"}
+    replies = [r"\boxed{3} \boxed{\dfrac12}", r"<answer>\frac12</answer>", r"\boxed{\frac12} <answer>3</answer>"]
+    scores = {grader: Math(grader=grader).grade_all([example] * 3, replies) for grader in ("own", "lup")}
+    assert scores == {"own": [1, 1, 0], "lup": [1, 0, 1]}

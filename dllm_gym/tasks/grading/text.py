@@ -41,6 +41,7 @@ _NUMBER = re.compile(
         (?:/[0-9]{1,30}(?![0-9.]))?              # a fraction""",
     re.VERBOSE,
 )
+_PLAIN = re.compile(r"-?[0-9]{1,64}(?:\.[0-9]{1,64})?")
 _PART = r"(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))"
 _FRACTION = re.compile(rf"\\[dtc]?frac\s*{_PART}\s*{_PART}")
 _AFTER_WHOLE = re.compile(r"(?<=[0-9])\s*(?=\\[dtc]?frac)")
@@ -170,3 +171,25 @@ def same_number(gold: str, reply: str) -> bool:
     """
     right, given = numbers(f"={gold}"), number_answer(reply)
     return bool(right) and given is not None and abs(given - right[-1]) <= TOLERANCE
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last ``\boxed{}``, the one mark that LUP's published graders read; None without any.
+
+    >>> last_box(r"\boxed{3}, no: \boxed{4} <answer>5</answer>"), last_box("<answer>5</answer>")
+    ('4', None)
+    """
+    found = boxes(text[-LIMIT:])
+    return found[-1][1].strip() if found else None
+
+
+def same_plain_number(gold: str, reply: str) -> bool:
+    r"""Whether the first plain number in the last box equals ``gold``, as LUP's published grader reads GSM8K.
+
+    It knows no thousands: ``\boxed{2,125}`` reads 2.
+
+    >>> same_plain_number("72", r"\boxed{72 clips}"), same_plain_number("2,125", r"\boxed{2,125}")
+    (True, False)
+    """
+    right, given = numbers(f"={gold}"), _PLAIN.search(last_box(reply) or "")
+    return bool(right) and given is not None and abs(Fraction(given.group()) - right[-1]) <= TOLERANCE
