@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from dllm_gym.checks import choice, whole
 from dllm_gym.checks import seed as check_seed
-from dllm_gym.checks import whole
-from dllm_gym.deciders.manner import ENV, Manner
+from dllm_gym.deciders.manner import Manner
 from dllm_gym.deciders.player import Decider, PolicyDecider, make_decider
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.envs.episodes import Step, play
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM, load_dllm
+from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import COUNTS, FLAGS
 from dllm_gym.process.starts import completion_of
 from dllm_gym.process.unmasking import MOST_LANES
@@ -32,6 +33,8 @@ from dllm_gym.tasks.base import Example
 
 log = logging.getLogger(__name__)
 
+ELSEWHERE = ("model", "task", "split", "reward", "alpha", "device", "dtype")  # of EnvConfig, but not of its env
+SETTINGS = [each.name for each in fields(EnvConfig) if each.name not in ELSEWHERE]
 SPLIT = "test"  # of a task of prompts; it has no other
 GAP = "░"  # shown for a token that is not committed yet
 
@@ -127,9 +130,9 @@ class Decoder:
             ``"tiny"``.
         policy: a rule by its name, a shipped policy, a saved folder, a run folder, a hub id, or an object; see
             :func:`~dllm_gym.deciders.player.make_decider`.
-        gen_length, block_length, block_origin, temperature, max_episode_steps, stop_at_eos, lookahead, cache: settings
-            of the environment, see :class:`~dllm_gym.process.config.EnvConfig`. None: what the policy was trained with,
-            else the environment's own; without either, ``gen_length`` has to be given.
+        gen_length, block_length, temperature, stop_at_eos, cache, and others as ``env``: settings of the environment,
+            see :class:`~dllm_gym.process.config.EnvConfig`. None: what the policy was trained with, else the
+            environment's own; without either, ``gen_length`` has to be given.
         distribution, policy_temperature, greedy, alpha: how a policy is played, in place of what it says itself:
             ``alpha`` is the speed weight of one that reads a preference.
         batch_size: prompts that are decoded side by side; one that is done makes room for the next.
@@ -151,11 +154,8 @@ class Decoder:
         *,
         gen_length: int | None = None,
         block_length: int | None = None,
-        block_origin: str | None = None,
         temperature: float | None = None,
-        max_episode_steps: int | None = None,
         stop_at_eos: bool | None = None,
-        lookahead: bool | None = None,
         cache: str | None = None,
         distribution: str | None = None,
         policy_temperature: float | None = None,
@@ -165,15 +165,18 @@ class Decoder:
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        **env: Any,
     ):
         self.batch_size = whole("batch_size", batch_size, most=MOST_LANES)
         self.seed = check_seed("seed", seed)
         how = {"distribution": distribution, "temperature": policy_temperature, "greedy": greedy, "alpha": alpha}
         self.decider = make_decider(policy, **how)
-        lengths = (gen_length, block_length, block_origin)
-        settings = (*lengths, temperature, max_episode_steps, stop_at_eos, lookahead, cache)
-        chosen = {name: value for name, value in zip(ENV, settings, strict=True) if value is not None}
-        self.env = self._settings(chosen)
+        settings: dict[str, Any] = {"gen_length": gen_length, "block_length": block_length, "temperature": temperature}
+        settings |= {"stop_at_eos": stop_at_eos, "cache": cache, **env}
+        for name in settings:
+            if name not in SETTINGS:
+                raise TypeError(f"Decoder got an unexpected keyword argument {name!r}")
+        self.env = self._settings({name: value for name, value in settings.items() if value is not None})
         self.dllm = self._load(model, device, dtype)
         if isinstance(self.decider, PolicyDecider):
             self.decider.policy.to(self.dllm.device).eval()
@@ -188,6 +191,8 @@ class Decoder:
     def _settings(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """Of the environment: those chosen, else the policy's."""
         own = dict(self.manner.env) if self.manner else {}
+        for name in own:
+            choice("a setting of the policy's environment", name, SETTINGS)
         if "gen_length" in chosen and own.get("block_length") == own.get("gen_length"):
             own.pop("block_length", None)  # full diffusion is full diffusion at any length
         settings = {**own, **chosen}

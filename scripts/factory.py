@@ -21,7 +21,7 @@ from agents.fronts import Row, sentences
 from agents.rollout import Decider
 from dllm_gym.checks import distinct, number, whole
 from dllm_gym.checks import seed as check_seed
-from dllm_gym.deciders.manner import ENV, Manner
+from dllm_gym.deciders.manner import Manner
 from dllm_gym.deciders.player import PolicyDecider
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.deciders.rules import Rule
@@ -85,7 +85,7 @@ def manner_of(cfg: DictConfig, envs: DLLMUnmaskVectorEnv | None = None, recipe: 
     Without an environment it says what the configuration alone does.
     """
     settings = hydra.utils.instantiate(cfg.distribution)
-    env = {name: cfg.env[name] for name in ENV if cfg.env.get(name) is not None}
+    env = {name: value for name, value in OmegaConf.to_container(cfg.env, resolve=True).items() if value is not None}
     task = getattr(hydra.utils.get_object(cfg.task._target_), "name", None)
     dllm: dict[str, Any] = {}
     if envs is not None:

@@ -208,6 +208,16 @@ def test_what_a_policy_says_of_its_dllm_and_environment_is_checked():
         Decoder(policy=network(env={"gen_length": 20, "block_length": "many"}))
 
 
+def test_every_setting_of_the_environment_is_one_of_the_decoder_and_of_a_policy():
+    published = {"gen_length": 16, "block_length": 8, "steps_per_block": 2, "committed_confidence": True}
+    decoder = Decoder(policy=network(env=published))
+    assert decoder.env == published and decoder.dllm is Decoder("tiny", "top_k(1)", **published).dllm
+    result = Decoder("tiny", "top_k(1)", **published)(["1+2="])[0]
+    assert result.nfe == 4 and sum(map(len, result.order)) == 4  # two steps in each of two blocks
+    with pytest.raises(TypeError, match="'speed'"):
+        Decoder("tiny", gen_length=16, speed=3)
+
+
 def test_full_diffusion_stays_full_diffusion_at_another_length():
     decoder = Decoder(policy=network(), gen_length=20)
     assert decoder(["1+2=".ljust(16)])[0].tokens.shape == (20,) and "block_length" not in decoder.env

@@ -10,16 +10,6 @@ from dllm_gym.checks import choice, flag, number, text, whole
 from dllm_gym.deciders.distributions import UnmaskDistribution
 
 Kind = TypeVar("Kind")
-ENV = (
-    "gen_length",
-    "block_length",
-    "block_origin",
-    "temperature",
-    "max_episode_steps",
-    "stop_at_eos",
-    "lookahead",
-    "cache",
-)
 
 
 def kinds_of(base: type[Kind]) -> Iterator[type[Kind]]:
@@ -38,7 +28,7 @@ class Manner:
         temperature: divides the logits, > 0. greedy: take the distribution's greedy action instead of a draw.
         alpha: the range [low, high] of speed weights that the policy was trained for, if it reads a preference.
         model: the arguments of ``load_dllm`` of the dLLM. family, vocab_size: its ``model_type`` and V.
-        task: the task's name. env: settings of the environment, of those in ``ENV``.
+        task: the task's name. env: settings of the environment.
         recipe: the command that trained it.
 
     Raises:
@@ -71,8 +61,6 @@ class Manner:
         for name in ("model", "env"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name}={getattr(self, name)!r}: need settings by their names")
-        for name in self.env:
-            choice("a setting of env", name, ENV)
 
     @classmethod
     def of(cls, saved: Any) -> Manner:
