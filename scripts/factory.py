@@ -33,7 +33,7 @@ from dllm_gym.process.config import EMPTY
 from dllm_gym.process.entries import COUNTS, FLAGS
 from dllm_gym.process.rewards import AlphaRange
 from dllm_gym.process.unmasking import MOST_LANES
-from dllm_gym.tasks import ProceduralTask
+from dllm_gym.tasks import ProceduralTask, Task
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ MODELS_OWN: dict[str, Callable[[DLLM], Any]] = {  # of a policy: the dLLM's own 
     "vocab_size": lambda dllm: dllm.vocab_size,
     "own_block": own_block,
 }
+FILLED_IN = (*MODELS_OWN, "preference", "model")  # settings that follow from others where they are null
 SAMPLE = 200  # examples whose answers are measured
 
 
@@ -57,7 +58,7 @@ def prepare(cfg: DictConfig) -> torch.device:
 def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
     """The vector environment of a configuration; ``settings`` are num_envs, split and what the deciders need."""
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
-    dllm = make_dllm(cfg, device)
+    dllm = make_dllm(cfg, device, task)
     chosen = {**cfg.env, **cfg.reward}
     for name, value in settings.items():  # of what the user and the deciders ask for the larger counts
         chosen[name] = max(chosen.get(name) or 0, value) if name in (*COUNTS, *FLAGS) else value
@@ -66,13 +67,21 @@ def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnm
     return envs
 
 
-def make_dllm(cfg: DictConfig, device: torch.device) -> DLLM:
-    """The frozen dLLM of a configuration: ``cfg.model`` are the arguments of ``load_dllm``."""
+def make_dllm(cfg: DictConfig, device: torch.device, task: Task | None = None) -> DLLM:
+    """The frozen dLLM of a configuration: ``cfg.model`` are the arguments of ``load_dllm``; null is the task's own."""
+    if cfg.model.model is None:
+        cfg.model.model = (task or hydra.utils.instantiate(cfg.task, _convert_="all")).dllm
     return load_dllm(**OmegaConf.to_container(cfg.model, resolve=True), device=device)
 
 
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
-    """The policy network of a configuration; what is null of ``MODELS_OWN`` is the dLLM's own."""
+    """The policy network of a configuration; what is null of ``MODELS_OWN`` is the dLLM's own.
+
+    With ``preference: null`` it reads the preference if the reward has a range of alphas.
+    """
+    if "preference" in cfg.policy and cfg.policy.preference is None:
+        cfg.policy.preference = AlphaRange.of(cfg.reward.alpha) is not None
+        cfg.policy.haste = cfg.policy.haste if cfg.policy.preference else 0.0  # there is none to weigh
     for size, own in MODELS_OWN.items():
         if size in cfg.policy and cfg.policy[size] is None:
             cfg.policy[size] = own(make_dllm(cfg, device))

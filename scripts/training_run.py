@@ -16,7 +16,7 @@ import hydra
 import torch
 from command import console as make_console
 from factory import (
-    MODELS_OWN,
+    FILLED_IN,
     check_evaluation,
     heuristics,
     make_envs,
@@ -138,14 +138,15 @@ def with_new_settings(saved: Any, today: Any) -> Any:
     return OmegaConf.merge({name: value for name, value in today.items() if name not in saved}, saved)
 
 
-def same(one: Any, other: Any) -> bool:
+def same(today: Any, saved: Any) -> bool:
     """Whether two parts of configurations say the same, once resolved; the schedule's length goes with the rounds."""
     texts = []
-    for part in (one, other):
+    filled_in = [name for name in FILLED_IN if isinstance(today, DictConfig) and today.get(name) is None]
+    for part in (today, saved):
         plain = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
         if isinstance(plain, dict):
             plain.get("algorithm", {}).get("scheduler", {}).pop("num_training_steps", None)
-            plain = {key: value for key, value in plain.items() if key not in MODELS_OWN}  # null is the model's own
+            plain = {key: value for key, value in plain.items() if key not in filled_in}  # null: what the run has
         texts.append(plain)
     return texts[0] == texts[1]
 

@@ -32,7 +32,8 @@ class DiTConfidence(Policy):
 
     Args:
         width: channels; ffn: hidden channels of the feed-forward part; heads: attention heads.
-        top_k: confidences read per position; the observation may hold more.
+        top_k: confidences read per position; the observation may hold more. 0: none, which leaves positions, masks and
+            the time: the control that shows what a schedule alone can do.
         output_bias: initial logit.
         time_period: longest period of the time embedding (over 2 pi); its frequencies are 1 .. 1 / time_period. The
             default suits t in [0, 1]; LUP's own 1.0 makes all frequencies equal, so the embedding holds two values.
@@ -84,7 +85,9 @@ class DiTConfidence(Policy):
         candidates: int | None = None,
     ):
         check_heads("width", width, heads)
-        check_counts(ffn=ffn, top_k=top_k, blocks=blocks)
+        check_counts(ffn=ffn, blocks=blocks)
+        if not whole("top_k", top_k, least=0) and not absolute_positions:
+            raise ValueError("top_k=0: a network that reads no confidences needs absolute_positions=True")
         vocab_size = whole("vocab_size", vocab_size, least=0)
         number("time_period", time_period, above=0)
         for name, weight in (("odds", odds), ("bound", bound), ("haste", haste)):

@@ -21,7 +21,7 @@ from dllm_gym.models.checkpoint import Checkpoint, Settings
 from dllm_gym.models.families import dream, llada, llada2, llada_moe, llama, masked_lm, qwen
 from dllm_gym.models.views import View
 
-SHIPPED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_shallow")}
+SHIPPED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_shallow", "tiny_equations", "tiny_one_way")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SWITCHES = ("rope_float32", "chat_template", "compile")
@@ -112,7 +112,7 @@ def load_dllm(
     checkpoint is ever run.
 
     Args:
-        model: ``"tiny"`` or ``"tiny_shallow"`` (shipped), a local folder, a hub id (``owner/name``, optionally
+        model: one of :data:`SHIPPED` such as ``"tiny"``, a local folder, a hub id (``owner/name``, optionally
             ``@revision``), or a DLLM, which is returned as it is.
         device: where the weights go; the CPU by default.
         dtype: ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; confidences are float32 in any case.

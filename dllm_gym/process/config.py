@@ -29,7 +29,8 @@ class EnvConfig:
     """The settings that all faces share.
 
     Attributes:
-        model: ``"tiny"``, a checkpoint folder, a hub id or a :class:`~dllm_gym.models.DLLM`.
+        model: name of a shipped dLLM such as ``"tiny"``, a checkpoint folder, a hub id or a :class:`~dllm_gym.models.DLLM`; None: the
+            shipped one that knows the task, :attr:`Task.dllm <dllm_gym.tasks.Task.dllm>`.
         task: name of a task or a :class:`~dllm_gym.tasks.Task`.
         split: the task's split that prompts come from.
         gen_length: L, tokens of a completion; the task's own length by default.
@@ -74,7 +75,7 @@ class EnvConfig:
         ValueError: a setting is wrong by itself, whatever the task and the dLLM; those have their own say later.
     """
 
-    model: str | DLLM = "tiny"
+    model: str | DLLM | None = None
     task: str | Task = "sudoku"
     split: str = "train"
     gen_length: int | None = None

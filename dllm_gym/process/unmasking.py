@@ -89,7 +89,7 @@ class Unmasking(State):
         asked = {each.name: getattr(config, each.name) for each in fields(Sampling) if each.name in FLAGS}
         self.shows_tokens = config.tokens
         self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0)
-        dllm = load_dllm(config.model, config.device, config.dtype)
+        dllm = load_dllm(config.model or self.task.dllm, config.device, config.dtype)
         blocks = blocks_of(config, dllm, L)
         if config.top_k > dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {dllm.vocab_size} tokens")

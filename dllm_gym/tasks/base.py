@@ -28,10 +28,12 @@ class Task(ABC):
     Attributes:
         name: how configurations call the task.
         gen_length: L, the number of completion tokens an answer needs by default.
+        dllm: the shipped dLLM that decodes where no model is named; the one that knows the task, if there is one.
     """
 
     name: str
     gen_length: int
+    dllm: str = "tiny"
 
     @abstractmethod
     def examples(self, split: str) -> Dataset:

@@ -38,6 +38,7 @@ class Equations(Infilling):
 
     name = "equations"
     gen_length = 32
+    dllm = "tiny_equations"
 
     def __init__(
         self,

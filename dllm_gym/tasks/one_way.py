@@ -43,6 +43,7 @@ class OneWay(Infilling):
     """
 
     name = "one_way"
+    dllm = "tiny_one_way"
 
     def __init__(
         self,
