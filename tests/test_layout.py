@@ -163,9 +163,9 @@ def test_every_command_starts_before_what_takes_seconds(path):
 @pytest.mark.parametrize(
     ("name", "setting", "first"),
     [
-        ("train", "agent=ppo", "train: model=tiny, task=sudoku, agent=ppo in outputs/train/"),
+        ("train", "agent=ppo", "train: model=own, task=sudoku, agent=ppo in outputs/train/"),
         ("evaluate", "checkpoint=mine", "evaluate: checkpoint=mine in outputs/evaluate/"),
-        ("watch", "task=arithmetic", "watch: model=tiny, task=arithmetic\n"),
+        ("watch", "task=arithmetic", "watch: model=own, task=arithmetic\n"),
         ("compare", "runs=[a,b]", "compare: runs=['a', 'b']\n"),
         ("plot", "results=a.json", "plot: results=a.json\n"),
         ("reproduce", "folder=mine", "reproduce: folder=mine\n"),

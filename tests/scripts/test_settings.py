@@ -564,7 +564,7 @@ def test_a_replay_needs_neither_unicode_nor_a_patient_reader(place):
     assert plain.returncode == 0 and plain.stdout.isascii() and "NFE 1" in plain.stdout and not plain.stderr
     closed = process("watch.py fps=1000 | head -2")
     first, second = closed.stdout.splitlines()
-    assert first == "watch: model=tiny, task=sudoku" and second.startswith("threshold(0.9)")
+    assert first == "watch: model=own, task=sudoku" and second.startswith("threshold(0.9)")
     assert closed.stderr == "" and closed.returncode in (0, 141)
 
 
