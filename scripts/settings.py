@@ -269,7 +269,8 @@ def model() -> tuple[dict[str, Any], bool]:
     from dllm_gym.models import load_dllm
 
     annotations, _ = parameters(load_dllm)
-    return {name: kind for name, kind in annotations.items() if name != "device"}, False
+    own = {"model": annotations["model"] | None}  # null: the task's own
+    return {name: kind for name, kind in (annotations | own).items() if name != "device"}, False
 
 
 ROLES = {"env": environment, "reward": reward, "model": model}
