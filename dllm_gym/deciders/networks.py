@@ -42,7 +42,8 @@ class DiTConfidence(Policy):
             equal logits, and only chance tells them apart.
         preference: also read the ``preference`` of an environment with a range of alphas: one network for the whole
             front, whose speed is a knob at decoding time. It is embedded and added as the time is, and stands beside
-            the confidences, where it can move a threshold from the start.
+            the confidences, where it can move a threshold from the start. (None stands for whether there is such a
+            range in configurations; a network has to be told.)
         joint: also read :func:`joint_confidence` at every position. From it the entropy-bounded sampler's rule (stop
             when what was taken is unsure enough as a whole) is a threshold; from the confidences alone a network has to
             sort them first, and independent picks cannot tell equals apart.
@@ -75,7 +76,7 @@ class DiTConfidence(Policy):
         output_bias: float = -2.0,
         time_period: float = 0.01,
         absolute_positions: bool = False,
-        preference: bool = False,
+        preference: bool | None = False,
         joint: bool = False,
         odds: float = 0.0,
         bound: float = 0.0,
@@ -92,9 +93,9 @@ class DiTConfidence(Policy):
         number("time_period", time_period, above=0)
         for name, weight in (("odds", odds), ("bound", bound), ("haste", haste)):
             number(name, weight, least=0)
-        switches = {"absolute_positions": absolute_positions, "preference": preference, "joint": joint}
-        for name, switch in switches.items():
+        for name, switch in (("absolute_positions", absolute_positions), ("joint", joint)):
             flag(name, switch)
+        preference = flag("preference", preference)
         if haste and not preference:
             raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
         more = {"action_mask": joint or bound > 0, "tokens": vocab_size > 0, "preference": preference}
