@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from agents.fronts import POLICY, Row, decoding, policy_rewards
+from agents.fronts import POLICY, Row, decoding, envelope, policy_rewards, reached
 from agents.pictures import plot
 from dllm_gym.runs.files import noted, read
 
@@ -106,6 +106,15 @@ def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[
             continue
         row["chosen"] = decoding(row) == decoded
         row["best_rule"], row["best_rule_reward"] = best, None if best is None else test[best].reward(alpha)
+
+
+def near(played: Mapping[str, Played], within: float) -> list[str]:
+    """The names of all policies, and of the rules that lie at most ``within`` (accuracy) below the rules' envelope."""
+    rows = [summary(name, own.results) for name, own in played.items()]
+    front = envelope(rows)
+    return [
+        row["name"] for row in rows if row["family"] == POLICY or row["accuracy"] >= reached(front, row["nfe"]) - within
+    ]
 
 
 def summary(name: str, results: Sequence[Results]) -> Row:

@@ -16,7 +16,7 @@ from settings import check_groups, chosen_names
 from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
-from agents.evaluation import Played, evaluate_rows, play, save_report, table
+from agents.evaluation import Played, evaluate_rows, near, play, save_report, table
 from agents.fronts import Row, sentences
 from agents.rollout import Decider
 from dllm_gym.checks import distinct, number, whole
@@ -251,6 +251,10 @@ def check_evaluation(cfg: DictConfig) -> None:
         whole("evaluation.examples", settings.examples)
     if settings.validation is not None:
         whole("evaluation.validation", settings.validation)
+    if settings.within is not None:
+        number("evaluation.within", settings.within, least=0, most=1)
+        if settings.validation is None:
+            raise ValueError(f"evaluation.within={settings.within} is measured on evaluation.validation, which is null")
     for seed in distinct("evaluation.seeds", settings.seeds):
         check_seed("evaluation.seeds", seed)
     if settings.alphas is not None:
@@ -301,8 +305,11 @@ def report(
 ) -> list[Row]:
     """Evaluate, print the table and what it says, write results.{json,csv,png} into the run folder."""
     settings = cfg.evaluation
+    validation = validate(cfg, envs, deciders, console)
+    if settings.within is not None and validation is not None:
+        deciders = {name: deciders[name] for name in near(validation, settings.within)}
     test = play_each(envs, deciders, range(settings.examples), settings.seeds, "evaluating")
-    rows = evaluate_rows(test, validate(cfg, envs, deciders, console))
+    rows = evaluate_rows(test, validation)
     run.begin()  # an evaluation that was broken off leaves nothing
     core = envs.core
     title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"

@@ -43,7 +43,7 @@ from dllm_gym.runs.checkpoints import CONFIG
 
 SCRIPTS = Path(__file__).parent
 LOG, SESSIONS = "log.txt", "sessions.csv"
-SHOWN = ("worlds", "training", "warm_start", "transfer", "variants")  # settings that the page repeats
+SHOWN = ("worlds", "training", "others", "warm_start", "transfer", "variants")  # settings that the page repeats
 POLL = 0.2  # seconds between looks at the running jobs
 CHUNK = "agent.algorithm.chunk=128"  # parts that fit a core's cache are faster, and their gradients add up
 GRACE = 120  # seconds that an interrupted training gets to finish its round and save it
@@ -158,8 +158,15 @@ def moves(cfg: DictConfig, policy: Job) -> bool:
 def heuristics(cfg: DictConfig, place: Place, grids: Sequence[str]) -> Iterator[Job]:
     labels = {**asdict(place), "kind": "heuristic", "split": "test"}
     for grid in grids:
-        settings = [*place.settings(cfg), *test_settings(cfg), f"heuristics={grid}"]
+        settings = [*place.settings(cfg), *test_settings(cfg), *chosen_rules(cfg), f"heuristics={grid}"]
         yield Job(f"heuristics-{place}-{grid}", "evaluate", settings, Path(cfg.folder), labels=labels)
+
+
+def chosen_rules(cfg: DictConfig) -> list[str]:
+    """Settings of a grid's job, of which validation leaves those near the envelope."""
+    if cfg.within is None:
+        return []
+    return [f"evaluation.validation={cfg.validation}", f"evaluation.within={cfg.within}"]
 
 
 def test_settings(cfg: DictConfig) -> list[str]:
@@ -178,6 +185,9 @@ def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
     recipes = [("policy", alpha, [f"reward.alpha={alpha}"]) for alpha in cfg.alphas]
     if conditioned := cfg.training.conditioned:
         recipes.append(("conditioned", None, [*conditioned.all, *conditioned[place.task][place.env], knob(cfg)]))
+    for family, other in cfg.others.items():
+        if place.task in other.tasks and place.env in other.envs:
+            recipes.append((family, other.alpha, [*other.settings, *([knob(cfg)] if other.alpha is None else [])]))
     starts, policies = [], []
     for seed in cfg.seeds:
         common, base = [*place.settings(cfg), *cfg.training.all, f"seed={seed}"], None
@@ -189,7 +199,8 @@ def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
             name = f"{family}-{place}-" + (f"alpha{alpha}-" if alpha is not None else "") + f"seed{seed}"
             labels = {**asdict(place), "trained_on": place.task, "kind": family, "family": family, "alpha": alpha}
             labels |= {"seed": seed, "split": "validation"}
-            policies.append(Job(name, "train", [*common, *own, *chosen], Path(cfg.folder), base, labels))
+            mine = own if family in LEARNED else []  # controls bring all of theirs
+            policies.append(Job(name, "train", [*common, *mine, *chosen], Path(cfg.folder), base, labels))
     return starts, policies
 
 
@@ -199,7 +210,7 @@ def evaluation(cfg: DictConfig, policy: Job, place: Place) -> Job:
     kind = policy.labels["kind"] if home == (place.task, place.env, place.world) else "transfer"
     labels = {**policy.labels, **asdict(place), "kind": kind, "split": "test"}
     settings = [*place.settings(cfg), *test_settings(cfg), "heuristics=none"]
-    settings += [knob(cfg)] if policy.labels["family"] == "conditioned" else []
+    settings += [knob(cfg)] if policy.labels["alpha"] is None else []
     return Job(f"test-{place}-of-{policy.name}", "evaluate", settings, policy.root, policy, labels)
 
 
@@ -296,6 +307,7 @@ def report(cfg: DictConfig, jobs: Sequence[Job]) -> None:
         jobs=(len(done), len(jobs)),
         quick=quick_version(Path(cfg.quick)),
         notes=dict(cfg.notes),
+        title=cfg.title,
         settings=OmegaConf.to_yaml({name: cfg[name] for name in SHOWN}).strip(),
     )
     write_page(evidence, Path(cfg.page))
@@ -327,6 +339,9 @@ def check_settings(cfg: DictConfig) -> None:
     flag("run", cfg.run)
     whole("workers", cfg.workers, most=256)
     whole("examples", cfg.examples)
+    whole("validation", cfg.validation)
+    if cfg.within is not None:
+        number("within", cfg.within, least=0, most=1)
     for name, suffix in (("folder", ""), ("quick", ""), ("table", ".csv"), ("page", ".md")):
         if "://" in text(name, cfg[name]) or (suffix and Path(cfg[name]).suffix != suffix):
             wanted = f"file that ends in {suffix}" if suffix else "folder"

@@ -35,6 +35,7 @@ WASTE = {"empty_steps": 0.39, "equal_groups": 0.52, "idle_lanes": 0.17}
 RULES = (*COLOURS, "#332288", "#882255", "#117733")
 LOOKS = {"policy": ("#D55E00", "*", 13), "conditioned": ("#000000", "d", 6)}
 RULES_IN_WORDS = {"papers": "the papers'", "every": "every"}
+OTHERS = ("#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#999999")  # of controls
 NAMES = {"policy": "one policy per alpha", "conditioned": "one policy for all alphas"}
 
 
@@ -74,7 +75,7 @@ class Evidence:
         minutes: wall-clock minutes of each session in which the jobs ran. jobs: how many are done, and of how many.
         quick: table and minutes of the quick version, if it was run. notes: claim,
             or ``"transfer"``, -> what is to be said about it.
-        settings: the overrides of the jobs, as YAML.
+        settings: the overrides of the jobs, as YAML. title: of the page.
     """
 
     rows: list[Row]
@@ -84,6 +85,7 @@ class Evidence:
     quick: tuple[list[Row], float] | None
     notes: Mapping[str, str]
     settings: str
+    title: str = "Results"
 
     @property
     def findings(self) -> list[Finding]:
@@ -101,12 +103,12 @@ def draw_front(cell: Cell, path: Path) -> None:
         points = sorted(points, key=lambda point: point["nfe"])
         style = {"color": RULES[i % len(RULES)], "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5}
         bars(axes, points, family, **style, linewidth=1, alpha=0.8)
-    for who, points in cell.learned.items():
-        colour, marker, size = LOOKS[who]
+    for i, (who, points) in enumerate(cell.learned.items()):
+        colour, marker, size = LOOKS.get(who) or (OTHERS[i % len(OTHERS)], "P", 7)
         for seed in cell.seeds[who]:
             axes.plot(seed["nfe"], seed["accuracy"], marker, color=colour, markersize=size / 2.5, alpha=0.35, zorder=8)
-        style = {"color": colour, "marker": marker, "markersize": size, "linewidth": 1.4 if who == "conditioned" else 0}
-        bars(axes, points, NAMES[who], **style, zorder=9)
+        style = {"color": colour, "marker": marker, "markersize": size, "linewidth": 0 if who == "policy" else 1.4}
+        bars(axes, points, NAMES.get(who, who), **style, zorder=9)
     axes.set(xlabel="NFE per answer (lower is faster)", ylabel="accuracy", title=cell.title, ylim=(-0.02, 1.04))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -125,7 +127,7 @@ def draw_curves(trainings: Sequence[Training], title: str, path: Path) -> None:
     (left, right), save = canvas(path, panels=2)
     by_setting = group_by(({**t.labels, "training": t} for t in trainings), "family", "alpha")
     for i, ((family, alpha), members) in enumerate(by_setting.items()):
-        label = NAMES["conditioned"] if family == "conditioned" else f"alpha {alpha:g}"
+        label = f"alpha {alpha:g}" if family == "policy" else NAMES.get(family, family)
         colour = LOOKS["conditioned"][0] if family == "conditioned" else COLOURS[i % len(COLOURS)]
         for axes, metric in ((left, "reward"), (right, "nfe")):
             columns = [member["training"].column(metric) for member in members]
@@ -182,7 +184,7 @@ def claims_section(findings: Sequence[Finding], notes: Mapping[str, str]) -> str
         rows = [
             {
                 "where": f.where,
-                "who": NAMES.get(f.who, "any"),
+                "who": "any" if f.who == "both" else NAMES.get(f.who, f.who),
                 "heuristics": RULES_IN_WORDS[f.rules],
                 "measured": f.text,
                 "holds": "yes" if f.holds else "no",
@@ -202,7 +204,7 @@ def policies_table(cell: Cell) -> str:
             best = cell.best_heuristic(p["nfe"]) if cell.heuristics else None
             rows.append(
                 {
-                    "who": NAMES[who],
+                    "who": NAMES.get(who, who),
                     "alpha": f"{p['alpha']:g}",
                     "decoding": p["decode"],
                     "accuracy": f"{spread(p, 'accuracy', 3)} ({p['accuracy_low']:.3f}-{p['accuracy_high']:.3f})",
@@ -244,8 +246,8 @@ def training_table(trainings: Sequence[Training]) -> str:
         rows.append(
             {
                 "where": f"{task}, {words(env)}",
-                "who": NAMES[family],
-                "alpha": "all" if family == "conditioned" else f"{alpha:g}",
+                "who": NAMES.get(family, family),
+                "alpha": "all" if alpha is None else f"{alpha:g}",
                 **{name.replace("_", " "): f"{100 * value:.1f} %" for name, value in means.items()},
                 "equal groups in updates": "" if math.isnan(learnt_from) else f"{100 - 100 * learnt_from:.1f} %",
                 "minutes": f"{np.mean([run.minutes for run in runs]):.1f}",
@@ -273,7 +275,7 @@ def transfer_table(moves: Sequence[Transfer]) -> str:
                 {
                     "trained on": move.trained_on,
                     "decodes": place,
-                    "who": NAMES[who],
+                    "who": NAMES.get(who, who),
                     "area": f"{cell.area(points):.4f}",
                     "area, trained there": f"{cell.area(native):.4f}" if native else "",
                     "area, best heuristic": f"{max(areas):.4f}" if areas else "",
@@ -301,7 +303,7 @@ def write_page(evidence: Evidence, path: Path) -> None:
     atomically(path, lambda file: file.write_text(text))
 
 
-PAGE = """# Results
+PAGE = """# {title}
 
 Written by `scripts/reproduce.py` from its table, not by hand.{missing}
 {examples} test examples; trainings with seeds {seeds};
@@ -363,6 +365,7 @@ def page(evidence: Evidence, fronts: str) -> str:
         done < jobs
     )
     return PAGE.format(
+        title=evidence.title,
         missing=missing,
         examples=" or ".join(map(str, examples)),
         seeds=", ".join(map(str, seeds)),

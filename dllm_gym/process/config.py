@@ -29,8 +29,8 @@ class EnvConfig:
     """The settings that all faces share.
 
     Attributes:
-        model: name of a shipped dLLM such as ``"tiny"``, a checkpoint folder, a hub id or a :class:`~dllm_gym.models.DLLM`; None: the
-            shipped one that knows the task, :attr:`Task.dllm <dllm_gym.tasks.Task.dllm>`.
+        model: name of a shipped dLLM such as ``"tiny"``, a checkpoint folder, a hub id or a
+            :class:`~dllm_gym.models.DLLM`; None: the shipped one that knows the task (``Task.dllm``).
         task: name of a task or a :class:`~dllm_gym.tasks.Task`.
         split: the task's split that prompts come from.
         gen_length: L, tokens of a completion; the task's own length by default.
