@@ -185,9 +185,9 @@ def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
     recipes = [("policy", alpha, [f"reward.alpha={alpha}"]) for alpha in cfg.alphas]
     if conditioned := cfg.training.conditioned:
         recipes.append(("conditioned", None, [*conditioned.all, *conditioned[place.task][place.env], knob(cfg)]))
-    for family, other in cfg.others.items():
-        if place.task in other.tasks and place.env in other.envs:
-            recipes.append((family, other.alpha, [*other.settings, *([knob(cfg)] if other.alpha is None else [])]))
+    others = {name: o for name, o in cfg.others.items() if place.task in o.tasks and place.env in o.envs}
+    for name, other in others.items():
+        recipes.append((name, other.alpha, [*other.settings, *([knob(cfg)] if other.alpha is None else [])]))
     starts, policies = [], []
     for seed in cfg.seeds:
         common, base = [*place.settings(cfg), *cfg.training.all, f"seed={seed}"], None
@@ -196,6 +196,8 @@ def trainings(cfg: DictConfig, place: Place) -> tuple[list[Job], list[Job]]:
             base = Job(f"start-{place}-seed{seed}", "train", settings, Path(cfg.folder))
             starts.append(base)
         for family, alpha, chosen in recipes:
+            if family in others and seed not in (others[family].seeds or cfg.seeds):
+                continue
             name = f"{family}-{place}-" + (f"alpha{alpha}-" if alpha is not None else "") + f"seed{seed}"
             labels = {**asdict(place), "trained_on": place.task, "kind": family, "family": family, "alpha": alpha}
             labels |= {"seed": seed, "split": "validation"}
@@ -350,8 +352,9 @@ def check_settings(cfg: DictConfig) -> None:
         among = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
         for chosen in distinct(name, cfg[name]):
             choice(name, chosen, among)
-    for alpha in distinct("alphas", cfg.alphas):
-        number("alphas", alpha, least=0)
+    if cfg.alphas or not cfg.training.conditioned:
+        for alpha in distinct("alphas", cfg.alphas):
+            number("alphas", alpha, least=0)
     for alpha in distinct("knob", cfg.knob):
         number("knob", alpha, above=0)
     for seed in distinct("seeds", cfg.seeds):

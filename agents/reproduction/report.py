@@ -108,7 +108,7 @@ def draw_front(cell: Cell, path: Path) -> None:
         for seed in cell.seeds[who]:
             axes.plot(seed["nfe"], seed["accuracy"], marker, color=colour, markersize=size / 2.5, alpha=0.35, zorder=8)
         style = {"color": colour, "marker": marker, "markersize": size, "linewidth": 0 if who == "policy" else 1.4}
-        bars(axes, points, NAMES.get(who, who), **style, zorder=9)
+        bars(axes, points, NAMES.get(who, words(who)), **style, zorder=9)
     axes.set(xlabel="NFE per answer (lower is faster)", ylabel="accuracy", title=cell.title, ylim=(-0.02, 1.04))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -127,7 +127,7 @@ def draw_curves(trainings: Sequence[Training], title: str, path: Path) -> None:
     (left, right), save = canvas(path, panels=2)
     by_setting = group_by(({**t.labels, "training": t} for t in trainings), "family", "alpha")
     for i, ((family, alpha), members) in enumerate(by_setting.items()):
-        label = f"alpha {alpha:g}" if family == "policy" else NAMES.get(family, family)
+        label = f"alpha {alpha:g}" if family == "policy" else NAMES.get(family, words(family))
         colour = LOOKS["conditioned"][0] if family == "conditioned" else COLOURS[i % len(COLOURS)]
         for axes, metric in ((left, "reward"), (right, "nfe")):
             columns = [member["training"].column(metric) for member in members]
@@ -184,7 +184,7 @@ def claims_section(findings: Sequence[Finding], notes: Mapping[str, str]) -> str
         rows = [
             {
                 "where": f.where,
-                "who": "any" if f.who == "both" else NAMES.get(f.who, f.who),
+                "who": "any" if f.who == "both" else NAMES.get(f.who, words(f.who)),
                 "heuristics": RULES_IN_WORDS[f.rules],
                 "measured": f.text,
                 "holds": "yes" if f.holds else "no",
@@ -204,7 +204,7 @@ def policies_table(cell: Cell) -> str:
             best = cell.best_heuristic(p["nfe"]) if cell.heuristics else None
             rows.append(
                 {
-                    "who": NAMES.get(who, who),
+                    "who": NAMES.get(who, words(who)),
                     "alpha": f"{p['alpha']:g}",
                     "decoding": p["decode"],
                     "accuracy": f"{spread(p, 'accuracy', 3)} ({p['accuracy_low']:.3f}-{p['accuracy_high']:.3f})",
@@ -246,7 +246,7 @@ def training_table(trainings: Sequence[Training]) -> str:
         rows.append(
             {
                 "where": f"{task}, {words(env)}",
-                "who": NAMES.get(family, family),
+                "who": NAMES.get(family, words(family)),
                 "alpha": "all" if alpha is None else f"{alpha:g}",
                 **{name.replace("_", " "): f"{100 * value:.1f} %" for name, value in means.items()},
                 "equal groups in updates": "" if math.isnan(learnt_from) else f"{100 - 100 * learnt_from:.1f} %",
@@ -275,7 +275,7 @@ def transfer_table(moves: Sequence[Transfer]) -> str:
                 {
                     "trained on": move.trained_on,
                     "decodes": place,
-                    "who": NAMES.get(who, who),
+                    "who": NAMES.get(who, words(who)),
                     "area": f"{cell.area(points):.4f}",
                     "area, trained there": f"{cell.area(native):.4f}" if native else "",
                     "area, best heuristic": f"{max(areas):.4f}" if areas else "",
