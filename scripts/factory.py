@@ -126,7 +126,7 @@ def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mappin
     """The environment of the evaluation, in which every decider has made a step: what does not fit fails now."""
     settings = cfg.evaluation
     needs = requirements(deciders.values())
-    print(f"loading {settings.split} examples and {cfg.model.model}", flush=True)
+    print(f"loading {settings.split} examples and {cfg.model.model or 'their own dLLM'}", flush=True)
     envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
     total = len(envs.core.examples)
     if settings.examples is None:

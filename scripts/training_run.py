@@ -386,7 +386,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
         warm_start(cfg, policy)
     learner = make_learner(cfg, policy)
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
-    print(f"loading train examples and {cfg.model.model}", flush=True)
+    print(f"loading train examples and {cfg.model.model or 'their own dLLM'}", flush=True)
     settings["cut_prompts"] = cfg.cut_prompts
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
     policy.manner = manner_of(cfg, envs, recipe(cfg, source and source[1]))

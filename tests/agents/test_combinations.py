@@ -50,7 +50,14 @@ def scripts():
 def envs():
     """Sees all that any policy reads; three steps are enough to learn from."""
     return gym.make_vec(
-        "DLLMUnmask-v0", num_envs=9, task=Checksum(min_givens=2), top_k=8, hidden=True, max_episode_steps=3
+        "DLLMUnmask-v0",
+        num_envs=9,
+        task=Checksum(min_givens=2),
+        top_k=8,
+        hidden=True,
+        tokens=True,
+        alpha=[0.1, 10],
+        max_episode_steps=3,
     )
 
 

@@ -168,7 +168,7 @@ def test_every_command_is_one_that_the_scripts_understand(reproduce):
             assert job.labels["task"] in cfg.task._target_
             semi = job.labels["env"] == "semi_autoregressive"
             if job.script == "train":
-                assert cfg.policy.preference == (job.labels["kind"] == "conditioned")
+                assert (cfg.policy.preference or False) == (job.labels["kind"] == "conditioned")
             assert cfg.env.block_length == ({"sudoku": 5, "arithmetic": 12}[job.labels["task"]] if semi else None)
 
 
