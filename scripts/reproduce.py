@@ -158,13 +158,13 @@ def moves(cfg: DictConfig, policy: Job) -> bool:
 def heuristics(cfg: DictConfig, place: Place, grids: Sequence[str]) -> Iterator[Job]:
     labels = {**asdict(place), "kind": "heuristic", "split": "test"}
     for grid in grids:
-        settings = [*place.settings(cfg), *test_settings(cfg), *chosen_rules(cfg), f"heuristics={grid}"]
+        settings = [*place.settings(cfg), *test_settings(cfg), *chosen_rules(cfg, grid), f"heuristics={grid}"]
         yield Job(f"heuristics-{place}-{grid}", "evaluate", settings, Path(cfg.folder), labels=labels)
 
 
-def chosen_rules(cfg: DictConfig) -> list[str]:
-    """Settings of a grid's job, of which validation leaves those near the envelope."""
-    if cfg.within is None:
+def chosen_rules(cfg: DictConfig, grid: str) -> list[str]:
+    """Settings of a grid's job, of which validation leaves the rules near the envelope."""
+    if grid not in cfg.thinned:
         return []
     return [f"evaluation.validation={cfg.validation}", f"evaluation.within={cfg.within}"]
 
@@ -342,8 +342,9 @@ def check_settings(cfg: DictConfig) -> None:
     whole("workers", cfg.workers, most=256)
     whole("examples", cfg.examples)
     whole("validation", cfg.validation)
-    if cfg.within is not None:
-        number("within", cfg.within, least=0, most=1)
+    number("within", cfg.within, least=0, most=1)
+    for grid in cfg.thinned:
+        choice("thinned", grid, cfg.grids)
     for name, suffix in (("folder", ""), ("quick", ""), ("table", ".csv"), ("page", ".md")):
         if "://" in text(name, cfg[name]) or (suffix and Path(cfg[name]).suffix != suffix):
             wanted = f"file that ends in {suffix}" if suffix else "folder"
