@@ -163,7 +163,7 @@ def test_every_command_starts_before_what_takes_seconds(path):
 @pytest.mark.parametrize(
     ("name", "setting", "first"),
     [
-        ("train", "agent=ppo", "train: model=own, task=sudoku, agent=ppo in outputs/train/"),
+        ("train", "agent=ppo", "train: model=own, task=equations, agent=ppo in outputs/train/"),
         ("evaluate", "checkpoint=mine", "evaluate: checkpoint=mine in outputs/evaluate/"),
         ("watch", "task=arithmetic", "watch: model=own, task=arithmetic\n"),
         ("compare", "runs=[a,b]", "compare: runs=['a', 'b']\n"),
