@@ -383,7 +383,11 @@ def table() -> list[tuple[str, list[str], str]]:
 
 def split(call: str) -> tuple[str, list[str]]:
     script, *arguments = call.split()
-    return script, [argument.strip("'") for argument in arguments]
+    arguments = [argument.strip("'") for argument in arguments]
+    own = {argument.partition("=")[0] for argument in arguments}
+    if script == "train" and not own & {"task", "policy", "reward", "experiment", "resume", "--config-dir"}:
+        arguments = ["task=sudoku", "reward=multiplicative", "policy=dit_confidence_small", *arguments]
+    return script, arguments
 
 
 def call(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
