@@ -109,11 +109,18 @@ def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[
 
 
 def near(played: Mapping[str, Played], within: float) -> list[str]:
-    """The names of all policies, and of the rules that lie at most ``within`` (accuracy) below the rules' envelope."""
-    rows = [summary(name, own.results) for name, own in played.items()]
+    """What is worth playing on: a policy's better decoding by mean reward, and the rules near the rules' envelope.
+
+    Args:
+        played: every decider on the validation split. within: how far below the envelope in accuracy is near.
+    """
+    rows = evaluate_rows(played, played)
     front = envelope(rows)
+    best = {row["best_rule"] for row in rows} | {row["name"] for row in rows if row["chosen"]}
     return [
-        row["name"] for row in rows if row["family"] == POLICY or row["accuracy"] >= reached(front, row["nfe"]) - within
+        row["name"]
+        for row in rows
+        if row["name"] in best or (row["family"] != POLICY and row["accuracy"] >= reached(front, row["nfe"]) - within)
     ]
 
 

@@ -253,8 +253,6 @@ def check_evaluation(cfg: DictConfig) -> None:
         whole("evaluation.validation", settings.validation)
     if settings.within is not None:
         number("evaluation.within", settings.within, least=0, most=1)
-        if settings.validation is None:
-            raise ValueError(f"evaluation.within={settings.within} is measured on evaluation.validation, which is null")
     for seed in distinct("evaluation.seeds", settings.seeds):
         check_seed("evaluation.seeds", seed)
     if settings.alphas is not None:

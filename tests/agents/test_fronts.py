@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from agents.evaluation import Played, evaluate_rows
+from agents.evaluation import Played, evaluate_rows, near
 from agents.fronts import envelope, needed, reached, sentences
 from agents.pictures import draw
 from agents.rollout import Results
@@ -111,3 +111,15 @@ def test_the_picture_shows_a_policy_as_one_curve_beside_the_envelope_and_no_poin
     figure.draw_without_rendering()
     assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
     plt.close(figure)
+
+
+def test_what_lies_far_below_the_envelope_on_validation_and_the_worse_decoding_need_not_be_played_on():
+    on_validation = {
+        "policy(greedy)": played([1.0, 1.0], [3, 3]),  # 0.8
+        "policy(sampled)": played([1.0, 0.0], [1, 1]),  # 0.5
+        "slow(1)": played([1.0, 1.0], [6, 6]),  # 0.5: the best by reward
+        "fast(1)": played([1.0, 0.0], [2, 2]),  # on the envelope
+        "poor(1)": played([1.0, 0.0], [4, 4]),  # 0.25 below it
+    }
+    assert near(on_validation, 0.2) == ["policy(greedy)", "slow(1)", "fast(1)"]
+    assert near(on_validation, 0.25) == ["policy(greedy)", "slow(1)", "fast(1)", "poor(1)"]

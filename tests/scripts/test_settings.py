@@ -159,7 +159,7 @@ train policy.width=0                                     | width=0
 train policy.width=30                                    | width=30
 train policy.heads=0                                     | heads=0
 train policy.ffn=-1                                      | ffn=-1
-train policy.top_k=0                                     | top_k=0
+train policy.top_k=-1                                    | top_k=-1
 train policy.top_k=21                                    | top_k=21
 train policy.output_bias=inf                             | output_bias=inf
 train policy.time_period=0                               | time_period=0
