@@ -10,9 +10,10 @@ from typing import Any
 import gymnasium as gym
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from run_folder import RunFolder
-from settings import check_groups, chosen_names
+from settings import check_groups, chosen_names, refuse_chosen
 from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
@@ -81,7 +82,12 @@ def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
     """
     if "preference" in cfg.policy and cfg.policy.preference is None:
         cfg.policy.preference = AlphaRange.of(cfg.reward.alpha) is not None
-        cfg.policy.haste = cfg.policy.haste if cfg.policy.preference else 0.0  # there is none to weigh
+        if not cfg.policy.preference and cfg.policy.haste:
+            if HydraConfig.initialized():
+                refuse_chosen(
+                    ["policy.haste"], f"it weighs the preference, and reward.alpha={cfg.reward.alpha} is no range"
+                )
+            cfg.policy.haste = 0.0  # that of policy=all_speeds
     for size, own in MODELS_OWN.items():
         if size in cfg.policy and cfg.policy[size] is None:
             cfg.policy[size] = own(make_dllm(cfg, device))

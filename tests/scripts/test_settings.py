@@ -166,7 +166,7 @@ train policy.time_period=0                               | time_period=0
 train policy.joint=maybe                                 | policy.joint='maybe'
 train policy.preference=1                                | policy.preference=1
 train policy.odds=-1                                     | odds=-1
-train policy.haste=1                                     | haste=1
+train policy.haste=1                                     | policy.haste is read by nothing here
 train policy.bound=-1                                    | bound=-1
 train policy.blocks=0                                    | blocks=0
 train policy.vocab_size=-1                               | vocab_size=-1
@@ -175,7 +175,7 @@ train task=one_way task.most_shown=2                     | most_shown=2
 train policy.candidates=0                                | candidates=0
 train policy.preference=true                             | reward.alpha=8.0
 train policy=dit_hidden policy.hidden_size=7             | hidden_size=7
-train reward.alpha=[0.3,10]                              | reward.alpha=[0.3, 10]
+train policy.preference=false reward.alpha=[0.3,10]      | reward.alpha=[0.3, 10]
 train reward.alpha=-1                                    | alpha=-1
 train reward.alpha=fast                                  | reward.alpha='fast'
 train reward.alpha=nan                                   | reward.alpha=nan
