@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from agents.grpo import GRPO, Reference
 from agents.losses import Likelihood
-from dllm_gym.checks import number
+from dllm_gym.checks import flag, number, whole
 from dllm_gym.deciders.distributions import OnePosition
 from dllm_gym.deciders.rules import first_k
 
@@ -27,24 +28,38 @@ class MaxConfidence(Reference):
     """Realization 1: cross-entropy towards the most confident position, -log pi(argmax confidence).
 
     The paper starts it from a policy that imitates that rule: ``agent.warm_start=`` a run of ``agent=imitation
-    expert=max_confidence distribution=one_position``.
+    expert=max_confidence distribution=one_position``, or ``agent.imitation.rounds=`` some.
+
+    Args:
+        share_ties: equally confident positions share the target, as in the published code; False: the leftmost has it,
+            which is the one that the rule takes.
     """
 
+    def __init__(self, share_ties: bool = False):
+        self.share_ties = flag("share_ties", share_ties)
+
     def loss(self, actor: ProbabilisticActor) -> nn.Module:
-        return TowardsMaxConfidence(actor)
+        return TowardsMaxConfidence(actor, self.share_ties)
 
 
 class TowardsMaxConfidence(nn.Module):
-    """The likelihood loss of what the max-confidence rule would have done in each step."""
+    """The cross-entropy of the policy with what the max-confidence rule would have done in each step."""
 
-    def __init__(self, actor: ProbabilisticActor):
+    def __init__(self, actor: ProbabilisticActor, share_ties: bool):
         super().__init__()
-        self.likelihood = Likelihood(actor, "reference")
+        self.actor, self.share_ties = actor, share_ties
 
     def forward(self, steps: TensorDictBase) -> TensorDict:
         legal = steps["action_mask"] != 0
-        target = first_k(steps["confidence"][..., 0], legal, 1).to(torch.int8)  # (N, L)
-        return self.likelihood(steps.copy().set("action", target))
+        confidence = steps["confidence"][..., 0].masked_fill(~legal, -1.0)  # (N, L)
+        if self.share_ties:
+            best = (confidence == confidence.amax(-1, keepdim=True)) & legal
+        else:
+            best = first_k(confidence, legal, 1)
+        target = best / best.sum(-1, keepdim=True).clamp_min(1)
+        log_prob = self.actor.get_dist(steps.select(*self.actor.in_keys)).logits.log_softmax(-1)
+        loss = -(target * log_prob).sum(-1)  # (N,)
+        return TensorDict({"loss_reference": (loss * steps["weight"]).sum()})
 
 
 class Divergence(Reference):
@@ -75,15 +90,35 @@ class Softmax(Divergence):
 
     Args:
         temperature: of the softmax; 0.05 in the paper.
+        vocab_size: V: a position weighs the sum over all V tokens of exp(p / temperature), as in the published code,
+            not exp of its largest p alone. What is observed of p counts as it is, and what is left of its mass as if
+            it were spread evenly over the other tokens: exact for ``env.top_k`` = V, and near it for a large V, where
+            the tokens that are impossible make up most of the sum. 0: the largest p alone. (None stands for the
+            model's own in configurations; a reference has to be told before it is used.)
     """
 
-    def __init__(self, temperature: float = 0.05):
+    def __init__(self, temperature: float = 0.05, vocab_size: int | None = 0):
         self.temperature = number("temperature", temperature, above=0)
+        self.vocab_size = None if vocab_size is None else whole("vocab_size", vocab_size, least=0)
+
+    def check(self, policy: Policy) -> None:
+        if self.vocab_size is None:
+            raise ValueError("reference.vocab_size=None: need the size of the model's vocabulary, or 0")
 
     def log_prob(self, steps: TensorDictBase) -> Tensor:
-        return OnePosition(steps["confidence"][..., 0], steps["action_mask"], self.temperature).log_prob(
-            steps["action"]
-        )
+        weight = self.log_weight(steps["confidence"])
+        return OnePosition(weight, steps["action_mask"]).log_prob(steps["action"])
+
+    def log_weight(self, confidence: Tensor) -> Tensor:
+        """Float [.., L] of the largest probabilities [.., L, K]: the logarithm of what each position weighs."""
+        if not self.vocab_size:
+            return confidence[..., 0] / self.temperature
+        seen = (confidence / self.temperature).logsumexp(-1)
+        unseen = self.vocab_size - confidence.shape[-1]
+        if unseen <= 0:
+            return seen
+        left = (1 - confidence.sum(-1)).clamp_min(0)
+        return torch.logaddexp(seen, left / unseen / self.temperature + math.log(unseen))
 
 
 class TopK(Divergence):

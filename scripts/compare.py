@@ -1,6 +1,6 @@
 """One comparable table of several training runs, means and standard deviations over seeds.
 
-    python scripts/train.py -m agent=grpo,upo,ppo reward.alpha=0.3,1,3 seed=0,1,2
+    python scripts/train.py -m agent=grpo,reinforce,ppo reward.alpha=0.3,1,3 seed=0,1,2
     python scripts/compare.py runs=multirun/train/2026-01-01_12-00-00 table=comparison.md
 
 The columns are the choices in which the runs differ; runs of one configuration that differ in their seed make a row.

@@ -20,15 +20,16 @@ import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Played, evaluate_rows, near, play, save_report, table
 from agents.fronts import Row, sentences
 from agents.rollout import Decider
-from dllm_gym.checks import distinct, number, whole
+from dllm_gym.checks import distinct, flag, number, whole
 from dllm_gym.checks import seed as check_seed
+from dllm_gym.deciders.distributions import UnmaskDistribution
 from dllm_gym.deciders.manner import Manner
 from dllm_gym.deciders.player import PolicyDecider
 from dllm_gym.deciders.policy import Policy
 from dllm_gym.deciders.rules import Rule
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models import DLLM, load_dllm
-from dllm_gym.models.base import own_block
+from dllm_gym.models.base import last_block, own_block
 from dllm_gym.models.load import check_device
 from dllm_gym.process.config import EMPTY
 from dllm_gym.process.entries import COUNTS, FLAGS
@@ -45,6 +46,7 @@ MODELS_OWN: dict[str, Callable[[DLLM], Any]] = {  # of a policy: the dLLM's own 
     "own_block": own_block,
 }
 FILLED_IN = (*MODELS_OWN, "preference", "model")  # settings that follow from others where they are null
+DECODINGS = {None: ("greedy", "sampled"), True: ("greedy",), False: ("sampled",)}  # of a policy, by evaluation.greedy
 SAMPLE = 200  # examples whose answers are measured
 
 
@@ -76,7 +78,7 @@ def make_dllm(cfg: DictConfig, device: torch.device, task: Task | None = None) -
 
 
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
-    """The policy network of a configuration; what is null of ``MODELS_OWN`` is the dLLM's own.
+    """The policy network of a configuration; what is null of ``MODELS_OWN`` (in a reference, too) is the dLLM's own.
 
     With ``preference: null`` it reads the preference if the reward has a range of alphas.
     """
@@ -88,10 +90,14 @@ def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
                     ["policy.haste"], f"it weighs the preference, and reward.alpha={cfg.reward.alpha} is no range"
                 )
             cfg.policy.haste = 0.0  # that of policy=all_speeds
-    for size, own in MODELS_OWN.items():
-        if size in cfg.policy and cfg.policy[size] is None:
-            cfg.policy[size] = own(make_dllm(cfg, device))
-    return hydra.utils.instantiate(cfg.policy, _convert_="all").to(device)
+    for part in (cfg.policy, cfg.get("reference") or {}):
+        for size, own in MODELS_OWN.items():
+            if size in part and part[size] is None:
+                part[size] = own(make_dllm(cfg, device))
+    policy = hydra.utils.instantiate(cfg.policy, _convert_="all")
+    if hasattr(policy, "adopt"):  # a network that begins with weights of the dLLM
+        policy.adopt(last_block(make_dllm(cfg, device).backbone))
+    return policy.to(device)
 
 
 def manner_of(cfg: DictConfig, envs: DLLMUnmaskVectorEnv | None = None, recipe: str | None = None) -> Manner:
@@ -110,6 +116,7 @@ def manner_of(cfg: DictConfig, envs: DLLMUnmaskVectorEnv | None = None, recipe: 
     return Manner(
         distribution=settings.evaluate.__name__,
         temperature=settings.evaluate_temperature,
+        greedy=cfg.evaluation.get("greedy") is not False,
         alpha=None if AlphaRange.of(cfg.reward.alpha) is None else [float(a) for a in cfg.reward.alpha],
         model=OmegaConf.to_container(cfg.model, resolve=True),
         task=task,
@@ -187,6 +194,16 @@ def refuse_a_range_that_nothing_reads(cfg: DictConfig, deciders: Iterable[Decide
         )
 
 
+def refuse_speed_that_is_fixed(cfg: DictConfig, distribution: type[UnmaskDistribution]) -> None:
+    """ValueError for a reward that pays for speed where the distribution fixes how many steps an episode takes."""
+    alpha = cfg.reward.alpha
+    if distribution.fixed_steps and (AlphaRange.of(alpha) is not None or alpha > 0):
+        raise ValueError(
+            f"reward.alpha={alpha}: with {distribution.__name__} an episode takes as many steps as it has masks, there "
+            "is no speed to pay for: use reward.alpha=0 or another distribution"
+        )
+
+
 def reads_preference(decider: Decider) -> bool:
     """False for rules and policies that are known not to read it."""
     if isinstance(decider, PolicyDecider):
@@ -211,13 +228,13 @@ def refuse_short_answers(envs: DLLMUnmaskVectorEnv) -> None:
 
 
 def policy_deciders(policy: Policy, cfg: DictConfig) -> dict[str, Decider]:
-    """The policy as ``cfg`` evaluates it: greedy and sampled, and if it reads a preference with several alphas."""
+    """The policy as ``cfg`` evaluates it: greedy, sampled or both, and if it reads a preference with several alphas."""
     settings = hydra.utils.instantiate(cfg.distribution)
     temperature = settings.evaluate_temperature
     knobs = {f", alpha={a:.3g}": a for a in alphas(cfg)} if "preference" in policy.in_keys else {"": None}
     return {
         f"policy({how}{label})": PolicyDecider(policy, settings.evaluate, temperature, how == "greedy", alpha)
-        for how in ("greedy", "sampled")
+        for how in DECODINGS[cfg.evaluation.get("greedy")]
         for label, alpha in knobs.items()
     }
 
@@ -255,6 +272,8 @@ def check_evaluation(cfg: DictConfig) -> None:
     whole("evaluation.num_envs", settings.num_envs, most=MOST_LANES)
     if settings.examples is not None:
         whole("evaluation.examples", settings.examples)
+    if settings.greedy is not None:
+        flag("evaluation.greedy", settings.greedy)
     if settings.validation is not None:
         whole("evaluation.validation", settings.validation)
     if settings.within is not None:

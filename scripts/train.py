@@ -1,7 +1,7 @@
 """Train an unmasking policy, then evaluate it beside every heuristic.
 
     python scripts/train.py agent=grpo
-    python scripts/train.py -m agent=grpo,upo,ppo reward.alpha=0.3,1,3 seed=0,1,2
+    python scripts/train.py -m agent=grpo,reinforce,ppo reward.alpha=0.3,1,3 seed=0,1,2
 
 The run folder (outputs/train/...) gets config.yaml, metrics.csv, checkpoints/ and results.{json,csv,png}.
 """

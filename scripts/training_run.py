@@ -26,6 +26,7 @@ from factory import (
     policy_deciders,
     prepare,
     refuse_a_range_that_nothing_reads,
+    refuse_speed_that_is_fixed,
     report,
     requirements,
 )
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from agents.algorithm import Algorithm
 from agents.fronts import policy_rewards
+from agents.imitation import Imitation
 from agents.rollout import evaluate
 from agents.runs.strangers import Refused, read_overrides
 from agents.training import Collector, Metrics, Prompts, Saver, load_state, read_rounds
@@ -44,6 +46,7 @@ from dllm_gym.checks import number, text, whole
 from dllm_gym.checks import seed as check_seed
 from dllm_gym.deciders.player import PolicyDecider, make_actor
 from dllm_gym.deciders.policy import Policy
+from dllm_gym.deciders.rules import TopK
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.process.unmasking import MOST_LANES
 from dllm_gym.runs.checkpoints import CONFIG, METRICS, Checkpoint, Checkpoints
@@ -140,15 +143,19 @@ def with_new_settings(saved: Any, today: Any) -> Any:
 
 def same(today: Any, saved: Any) -> bool:
     """Whether two parts of configurations say the same, once resolved; the schedule's length goes with the rounds."""
-    texts = []
-    filled_in = [name for name in FILLED_IN if isinstance(today, DictConfig) and today.get(name) is None]
-    for part in (today, saved):
-        plain = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+    now, then = (OmegaConf.to_container(p, resolve=True) if OmegaConf.is_config(p) else p for p in (today, saved))
+    for plain in (now, then):
         if isinstance(plain, dict):
             plain.get("algorithm", {}).get("scheduler", {}).pop("num_training_steps", None)
-            plain = {key: value for key, value in plain.items() if key not in filled_in}  # null: what the run has
-        texts.append(plain)
-    return texts[0] == texts[1]
+    return without_filled_in(now, now) == without_filled_in(then, now)
+
+
+def without_filled_in(part: Any, today: Any) -> Any:
+    """A part of a configuration without what is null today: there it is what the run has."""
+    if not isinstance(part, dict) or not isinstance(today, dict):
+        return part
+    nulls = {name for name in FILLED_IN if today.get(name) is None}
+    return {name: without_filled_in(value, today.get(name)) for name, value in part.items() if name not in nulls}
 
 
 class Interrupt:
@@ -258,10 +265,14 @@ def rounds_before(source: Checkpoint | None, count: int) -> list[dict[str, str]]
 
 
 def validation(cfg: DictConfig, device: torch.device, policy: Policy) -> Callable[[], float] | None:
-    """The policy's mean reward, sampled, on the first examples of the validation split; None where there is none."""
+    """The policy's mean reward on the first examples of the validation split; None where there is none.
+
+    It is sampled, unless it is evaluated greedily alone.
+    """
     if cfg.checkpoints.validation is None:
         return None
-    deciders = [d for d in policy_deciders(policy, cfg).values() if not d.greedy]
+    every = list(policy_deciders(policy, cfg).values())
+    deciders = [d for d in every if not d.greedy] or every
     settings = {"num_envs": cfg.num_envs, "split": "validation", **requirements(deciders)}
     try:
         envs = make_envs(cfg, device, **settings)
@@ -343,6 +354,39 @@ def warm_start(cfg: DictConfig, policy: Policy) -> None:
     policy.load_state_dict(trained.state_dict())
 
 
+def imitate(cfg: DictConfig, envs: DLLMUnmaskVectorEnv, policy: Policy) -> None:
+    """Let a policy imitate the most confident position before it learns from rewards (UPO's pre-training)."""
+    distribution = hydra.utils.instantiate(cfg.distribution)
+    settings, descent = cfg.agent.imitation, cfg.agent.algorithm
+    imitation = Imitation(
+        make_actor(policy, distribution.train, distribution.temperature),
+        hydra.utils.instantiate(descent.optimizer, lr=settings.lr),
+        expert=TopK(1),
+        **{name: descent[name] for name in ("epochs", "max_grad_norm", "chunk") if name in descent},
+    )
+    player = PolicyDecider(policy, distribution.train, distribution.temperature)
+    prompts = Prompts(len(envs.core.examples), cfg.seed)
+    collector = Collector(envs, prompts, cfg.seed, cfg.prompts_per_round, group_size=1)
+    with tqdm(total=settings.rounds, desc="imitating the most confident position", unit="round") as bar:
+        for _ in range(settings.rounds):
+            episodes = collector.collect(imitation, player)
+            update = imitation.update(episodes.batch, episodes.reward, episodes.group)
+            bar.set_postfix(loss=f"{update['loss']:.3f}")
+            bar.update()
+
+
+def check_imitation(cfg: DictConfig) -> None:
+    """ValueError for an imitation before the training that could not be done."""
+    settings = cfg.agent.imitation
+    whole("agent.imitation.rounds", settings.rounds, least=0)
+    number("agent.imitation.lr", settings.lr, above=0)
+    if settings.rounds and cfg.agent.warm_start is not None:
+        raise ValueError(
+            f"agent.imitation.rounds={settings.rounds}: agent.warm_start={cfg.agent.warm_start!r} is where this run "
+            "begins already, say agent.imitation.rounds=0"
+        )
+
+
 def check_settings(cfg: DictConfig) -> None:
     """ValueError for a count that is none, before any work."""
     for name in ("rounds", "prompts_per_round", "checkpoint_every"):
@@ -352,6 +396,7 @@ def check_settings(cfg: DictConfig) -> None:
         whole("max_prompt_length", cfg.max_prompt_length)
     if cfg.agent.warm_start is not None:
         text("agent.warm_start", cfg.agent.warm_start)
+    check_imitation(cfg)
     check_logger(cfg.logger)
     for name in ("group_size", "max_batches"):
         whole(f"agent.{name}", cfg.agent[name])
@@ -385,6 +430,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     if source is None:
         warm_start(cfg, policy)
     learner = make_learner(cfg, policy)
+    refuse_speed_that_is_fixed(cfg, learner.player.distribution_class)
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
     print(f"loading train examples and {cfg.model.model or 'their own dLLM'}", flush=True)
     settings["cut_prompts"] = cfg.cut_prompts
@@ -393,6 +439,9 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
     refuse_a_range_that_nothing_reads(cfg, deciders.values())
     test_envs = make_evaluation_envs(cfg, device, deciders)
+    if source is None and cfg.agent.imitation.rounds:
+        imitate(cfg, envs, policy)
+        learner = make_learner(cfg, policy)  # what is held near the beginning is held near this one
     start = Start.of(source and source[1], learner.algorithm, device, run)
     saver = Saver(run.path, policy, learner.algorithm, cfg.checkpoints.keep, validation(cfg, device, policy))
     start.take_place(saver, cfg.rounds, run)

@@ -41,6 +41,7 @@ from dllm_gym.deciders.rules import (
     TopK,
     make_rule,
 )
+from dllm_gym.deciders.upo import UPOPublished
 
 __all__ = [
     "BernoulliArgmax",
@@ -81,6 +82,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "UPOPolicy",
+    "UPOPublished",
     "UnmaskDistribution",
     "ZeroTruncatedBernoulli",
     "make_actor",

@@ -34,6 +34,7 @@ class UnmaskDistribution(Distribution):
 
     Attributes:
         ordered: whether an action holds ranks (0 = not picked, 1 = first pick, ..) instead of bits.
+        fixed_steps: whether an episode takes as many steps as it has masks, whatever is picked.
 
     Args:
         logits: [.., L], any floating dtype.
@@ -50,6 +51,7 @@ class UnmaskDistribution(Distribution):
     }
     support = constraints.independent(constraints.boolean, 1)
     ordered: ClassVar[bool] = False
+    fixed_steps: ClassVar[bool] = False
 
     def __init__(self, logits: Tensor, action_mask: Tensor, temperature: float = 1.0):
         if not temperature > 0:
@@ -242,6 +244,8 @@ class OnePosition(UnmaskDistribution):
     >>> OnePosition(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 1, 0])).mode
     tensor([0, 1, 0], dtype=torch.int8)
     """
+
+    fixed_steps: ClassVar[bool] = True
 
     @torch.no_grad()
     def from_noise(self, noise: Tensor) -> Tensor:

@@ -135,8 +135,7 @@ class DiTConfidence(Policy):
             numbers.append(seen["preference"][:, None].expand(*confidence.shape[:-1], 1))
         x = self.input(torch.cat(numbers, dim=-1).to(self.head.weight.dtype))
         if self.place is not None:
-            position = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None]
-            x = x + self.place(sinusoid(position, x.shape[-1], 10_000.0).to(x.dtype))
+            x = x + self.place(places(x))
         if self.token_embedding is None:
             return x
         try:
@@ -147,8 +146,7 @@ class DiTConfidence(Policy):
     def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
         start: Tensor | float = 0.0
         if self.odds:
-            confidence = seen["confidence"][..., 0].float()  # (.., L)
-            start = self.odds * confidence.clamp(_DOUBT, 1 - _DOUBT).logit()
+            start = self.odds * log_odds(seen["confidence"])
         if self.bound:
             confidence, legal = seen["confidence"][..., 0].float(), seen["action_mask"] != 0
             product = confidence * joint_confidence(confidence, legal)  # 0 where nothing may be unmasked
@@ -217,7 +215,8 @@ class UPOPolicy(Policy):
     masked) go through an MLP with three hidden layers (linear, layer norm, SiLU) to one logit (arXiv 2510.05725: 10
     such features beside the hidden state). It does not read the time. Differences from the authors' network: the layer
     reads the dLLM's last hidden states, not the input of its last block; it starts at random, not as a copy of that
-    block; the first flag is 1 at masked positions of the active block only.
+    block; the first flag is 1 at masked positions of the active block only. Theirs is
+    :class:`~dllm_gym.deciders.upo.UPOPublished`.
 
     >>> sum(p.numel() for p in UPOPolicy(hidden_size=128).parameters())
     250241
@@ -228,6 +227,9 @@ class UPOPolicy(Policy):
         ffn: hidden channels of the transformer layer's feed-forward part; heads: its attention heads.
         top_k: confidences read per position; the observation may hold more.
         output_bias: initial logit (without effect on a categorical distribution).
+        absolute_positions: also add an embedding of the position to what the MLP reads of the layer.
+        odds: weight, >= 0, with which the log-odds of the largest confidence are added to the logits. The policy
+            then begins as a soft max-confidence rule.
         candidates: see ``Policy``.
 
     Raises:
@@ -246,12 +248,16 @@ class UPOPolicy(Policy):
         heads: int = 2,
         top_k: int = 8,
         output_bias: float = -2.0,
+        absolute_positions: bool = False,
+        odds: float = 0.0,
         candidates: int | None = None,
     ):
         hidden_size = check_hidden_size(hidden_size)
         check_heads("hidden_size", hidden_size, heads)
         check_counts(width=width, ffn=ffn, top_k=top_k)
         super().__init__(candidates=candidates, top_k=top_k, hidden_size=hidden_size)
+        self.odds = number("odds", odds, least=0)
+        self.place = nn.Linear(hidden_size, hidden_size) if flag("absolute_positions", absolute_positions) else None
         self.block = TransformerBlock(hidden_size, ffn, heads)
         self.block_norm = nn.LayerNorm(hidden_size)
         sizes = (hidden_size + top_k + 2, width, width, width)
@@ -263,8 +269,13 @@ class UPOPolicy(Policy):
     def trunk(self, hidden: Tensor, confidence: Tensor, mask: Tensor, action_mask: Tensor) -> Tensor:
         dtype = self.head.weight.dtype
         x = self.block_norm(self.block(hidden.to(dtype)))  # (B, L, d)
+        if self.place is not None:
+            x = x + self.place(places(x))
         flags = torch.stack([action_mask != 0, mask != 0], dim=-1)  # (B, L, 2)
         return self.mlp(torch.cat([x, flags.to(dtype), confidence[..., : self.top_k].to(dtype)], dim=-1))
+
+    def start(self, seen: Mapping[str, Tensor]) -> Tensor | float:
+        return self.odds * log_odds(seen["confidence"]) if self.odds else 0.0
 
 
 class MLPPolicy(Policy):
@@ -296,6 +307,17 @@ class MLPPolicy(Policy):
         flag = (mask != 0)[..., None]  # (B, L, 1)
         x = torch.cat([confidence[..., : self.top_k], flag, time[:, None].expand_as(flag)], dim=-1)  # (B, L, K + 2)
         return self.mlp(x.to(self.head.weight.dtype))
+
+
+def log_odds(confidence: Tensor) -> Tensor:
+    """Those of the largest confidence, float32 [.., L] of [.., L, K]."""
+    return confidence[..., 0].float().clamp(_DOUBT, 1 - _DOUBT).logit()
+
+
+def places(x: Tensor) -> Tensor:
+    """The embedding of the positions 0 .. L - 1 for x [.., L, d]: [L, d], as x in dtype and device."""
+    position = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None]
+    return sinusoid(position, x.shape[-1], 10_000.0).to(x.dtype)
 
 
 def check_counts(**settings: int) -> None:

@@ -33,6 +33,7 @@ _ADDED = {
     "haste": 0.0,
     "vocab_size": 0,
     "blocks": 1,
+    "absolute_positions": False,
 }
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 
@@ -67,6 +68,7 @@ class Policy(
         width: channels of ``features``.
         head: the linear layer from features to logits.
         top_k: confidences per position that it reads; hidden_size: width of the hidden states that it reads (0: none).
+        states: the entry with the hidden states that it reads, if it reads any.
         manner: how it wants to be played, saved with it; None: nobody has said so.
         evidence: how it did beside the rules, saved with it if it is known.
     """
@@ -74,6 +76,7 @@ class Policy(
     manner: Manner | None = None
     evidence: Evidence | None = None
     reads: tuple[str, ...] = ("confidence", "mask", "time")
+    states: str = "hidden"
     head: nn.Linear
     settings: dict[str, Any]
 
@@ -111,7 +114,7 @@ class Policy(
     @property
     def requires(self) -> dict[str, int]:
         """Settings of the environment that the observation needs, as the least value of each."""
-        needs = {"top_k": self.top_k, "hidden": int(self.hidden_size > 0), "tokens": int(self.vocab_size > 0)}
+        needs = {"top_k": self.top_k, self.states: int(self.hidden_size > 0), "tokens": int(self.vocab_size > 0)}
         return {name: least for name, least in needs.items() if least}
 
     def read(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -123,7 +126,8 @@ class Policy(
         present = observation.keys()  # a TensorDict knows no `in`
         missing = [key for key in self.in_keys if key not in present]
         if missing:
-            settings = {"hidden": "hidden=True", "tokens": "tokens=True", "preference": "alpha=[low, high]"}
+            settings = {name: f"{name}=True" for name in ("hidden", "block_input", "tokens")}
+            settings["preference"] = "alpha=[low, high]"
             needed = [settings[key] for key in missing if key in settings]
             how = f": build the environment with {' and '.join(needed)}" if needed else ""
             raise ValueError(f"{type(self).__name__} reads {', '.join(missing)}, which the observation lacks{how}")
@@ -148,11 +152,11 @@ class Policy(
                 f"this policy reads top_k={self.top_k} confidences per position but the observation has {confidences}: "
                 f"build the environment with top_k >= {self.top_k}"
             )
-        channels = seen["hidden"].shape[-1] if "hidden" in seen else 0
+        channels = seen[self.states].shape[-1] if self.states in seen else 0
         if channels != self.hidden_size:
             raise ValueError(
                 f"this policy reads hidden states of hidden_size={self.hidden_size} but the observation's have "
-                f"{channels} channels: build the environment with hidden=True and a model of that width"
+                f"{channels} channels: build the environment with {self.states}=True and a model of that width"
             )
 
     def trunk(self, *rows: Any, **_: Any) -> Tensor:

@@ -63,12 +63,13 @@ class DLLMUnmaskEnv(gym.Env):
     - ``tokens`` int64 [L] (``tokens=True``): the tokens of the completion, at masked positions those that would be
       committed now.
     - ``hidden`` float32 [L, d] (``hidden=True``): the dLLM's last hidden states.
+    - ``block_input`` float32 [L, d] (``block_input=True``): what the dLLM's last block reads.
     - ``preference`` float32 [1] (``alpha=[low, high]``): where in the range the episode's alpha lies, on a logarithmic
       scale: 0 is low (quality counts), 1 is high (speed counts). Every episode draws its own, unless
       ``reset(options={"alpha": ...})`` chooses it.
 
-    With ``lookahead=False`` masked positions that may not be unmasked now read 0 in all of these but ``hidden``,
-    and the mask in ``tokens``.
+    With ``lookahead=False`` masked positions that may not be unmasked now read 0 in all of these but ``hidden``
+    and ``block_input``, and the mask in ``tokens``.
 
     ``confidence``, ``entropy``, ``margin`` and ``kl`` describe the untempered distribution, in which tokens that are
     never proposed (the mask, padding) have no probability; they are computed in float32.
@@ -103,8 +104,8 @@ class DLLMUnmaskEnv(gym.Env):
     ## Arguments
     The fields of :class:`~dllm_gym.process.config.EnvConfig` (``model, task, split, gen_length, max_prompt_length,
     cut_prompts, block_length, block_origin, top_k, temperature, reward, alpha, max_episode_steps, steps_per_block,
-    committed_confidence, stop_at_eos, lookahead, cache, hidden, entropy, margin, committed, tokens, kl, device,
-    dtype``) and ``render_mode``.
+    committed_confidence, stop_at_eos, lookahead, cache, hidden, block_input, entropy, margin, committed, tokens, kl,
+    device, dtype``) and ``render_mode``.
     ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
     ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
     the process.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -171,6 +172,33 @@ class DLLM:
 def positions_of(attention_mask: Tensor) -> Tensor:
     """Positions [B, T] counted from each row's first token; 0 on the padding before it."""
     return (attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def last_block(backbone: nn.Module) -> nn.Module:
+    """The last of the blocks that a backbone is made of.
+
+    Raises:
+        ValueError: it has no ``layers``.
+    """
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(f"block_input=True: a {type(backbone).__name__} has no list of layers, whose last one is read")
+    return layers[-1]
+
+
+@contextmanager
+def reading_last_block(dllm: DLLM) -> Iterator[list[Tensor]]:
+    """Within it every forward adds what the backbone's last block reads, [B, T, d], to the list."""
+    read: list[Tensor] = []
+
+    def keep(_: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+        read.append(given[0] if given else named["hidden_states"])
+
+    hook = last_block(dllm.backbone).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield read
+    finally:
+        hook.remove()
 
 
 def own_block(dllm: DLLM) -> dict[str, float]:

@@ -62,6 +62,8 @@ class EnvConfig:
             before and behind it, are those of the step that began the block (Fast-dLLM, arXiv 2505.22618). Faster,
             and approximate: other tokens, other NFE. ``"prefix"`` is exact for block-causal dLLMs.
         hidden: observe the dLLM's last hidden states, too (those of the last prediction).
+        block_input: observe what the dLLM's last block reads, too (at the last prediction). Not with ``cache``, and not
+            of a compiled dLLM.
         entropy: observe the entropy of the dLLM's distributions, too.
         margin: observe how far the best token leads the second best, too.
         committed: observe with which confidence each position was committed, too.
@@ -94,6 +96,7 @@ class EnvConfig:
     lookahead: bool = True
     cache: str = "none"
     hidden: bool = False
+    block_input: bool = False
     entropy: bool = False
     margin: bool = False
     committed: bool = False

@@ -134,6 +134,7 @@ ENTRIES = (
         dtype=torch.int64,
     ),
     Entry("hidden", ("L", "d"), lambda now: now.said.hidden, math.inf, -math.inf, setting="hidden"),
+    Entry("block_input", ("L", "d"), lambda now: now.said.block_input, math.inf, -math.inf, setting="block_input"),
 )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dllm_gym.models import DLLM, Prediction, Sampling
+from dllm_gym.models.base import last_block, reading_last_block
 from dllm_gym.models.batches import Batching, upload
 from dllm_gym.models.vocabulary import kl_divergence, parts
 from dllm_gym.noise import fold
@@ -202,16 +203,25 @@ class Predictions:
         dllm: the frozen dLLM. lanes: B. length: L. sampling: what to predict.
         cache: keys and values to keep between steps, or None.
         history: H, how many steps to remember by their divergence; 0: none.
+        block_input: whether to keep what the dLLM's last block reads.
 
     Attributes:
         proposal: int64 [B, L]. confidence: float32 [B, L, K].
         measures: float32 [B, L] by name, those of ``Sampling.measures``.
-        hidden: float32 [B, L, d], or None. drift: or None.
+        hidden: float32 [B, L, d], or None. block_input: likewise. drift: or None.
         work: what was computed for it.
     """
 
     def __init__(
-        self, dllm: DLLM, lanes: int, length: int, *, sampling: Sampling, cache: BlockCache | None, history: int
+        self,
+        dllm: DLLM,
+        lanes: int,
+        length: int,
+        *,
+        sampling: Sampling,
+        cache: BlockCache | None,
+        history: int,
+        block_input: bool = False,
     ):
         if type(dllm).predict is not DLLM.predict:
             raise ValueError(
@@ -223,7 +233,11 @@ class Predictions:
         self.proposal = torch.zeros(lanes, length, dtype=torch.int64, device=device)
         self.confidence = torch.zeros(lanes, length, sampling.top_k, device=device)
         self.measures = {name: torch.zeros(lanes, length, device=device) for name in sampling.measures}
-        self.hidden = torch.zeros(lanes, length, dllm.hidden_size, device=device) if sampling.hidden else None
+        if block_input:
+            refuse_unread_blocks(dllm, cache)
+        shape = (lanes, length, dllm.hidden_size)
+        self.hidden = torch.zeros(shape, device=device) if sampling.hidden else None
+        self.block_input = torch.zeros(shape, device=device) if block_input else None
         self.drift = Drift(lanes, length, dllm.vocab_size, history, device) if history else None
         self.work = Work()
         self.first = FirstPredictions(self.tensors())
@@ -231,7 +245,7 @@ class Predictions:
 
     def tensors(self) -> list[Tensor]:
         """What is kept per lane and position, [B, L, ...] each."""
-        optional = [] if self.hidden is None else [self.hidden]
+        optional = [states for states in (self.hidden, self.block_input) if states is not None]
         return [self.proposal, self.confidence, *self.measures.values(), *optional]
 
     @property
@@ -278,11 +292,11 @@ class Predictions:
         if self.dllm.compiled:
             width, height = rounded(width, 32), rounded(height, 8) if height > 8 else 1 << (height - 1).bit_length()
         tokens, mask = self._padded(rows, width, height)
-        hidden = self.dllm.encode_rows(tokens, mask)[: len(rows.lanes), -self.L :]  # (b, L, d)
+        lanes = upload(rows.lanes, tokens.device)
+        hidden = encoded(self.dllm, tokens, mask, self.block_input, lanes)[: len(rows.lanes), -self.L :]  # (b, L, d)
         self.work.add(len(rows.lanes), width * height, width * height - int(rows.length.sum()))
         self.work.lengths.update(rows.length.tolist())
         at = positions(rows.where, int(rows.count.sum()))  # (n,) in b * L
-        lanes = upload(rows.lanes, tokens.device)
         if self.hidden is not None:
             self.hidden[lanes] = hidden.float()
         self._read(rows, lanes, at, hidden.reshape(-1, hidden.shape[-1])[at])
@@ -329,6 +343,28 @@ class Predictions:
             value.view(-1)[at] = getattr(prediction, name).to(device)
         if self.drift is not None and prediction.log_prob is not None:
             self.drift.move(lanes, at, prediction.log_prob.to(device))
+
+
+def encoded(dllm: DLLM, tokens: Tensor, mask: Tensor | None, block_input: Tensor | None, lanes: Tensor) -> Tensor:
+    """Hidden states [B, T, d] of ``tokens`` [B, T], whose first b rows are those of the lanes int64 [b].
+
+    What the last block read for them is kept in ``block_input`` [lanes, L, d], if there is one.
+    """
+    if block_input is None:
+        return dllm.encode_rows(tokens, mask)
+    with reading_last_block(dllm) as read:
+        hidden = dllm.encode_rows(tokens, mask)
+    block_input[lanes] = read[-1][: len(lanes), -block_input.shape[1] :].to(tokens.device).float()
+    return hidden
+
+
+def refuse_unread_blocks(dllm: DLLM, cache: BlockCache | None) -> None:
+    """ValueError where what the dLLM's last block reads cannot be had for the whole completion."""
+    last_block(dllm.backbone)
+    if cache is not None:
+        raise ValueError(f"block_input=True: with cache={cache.kind!r} the last block reads only a part")
+    if dllm.compiled:
+        raise ValueError("block_input=True: what the blocks of a compiled dLLM read is not seen, load it otherwise")
 
 
 def rounded(number: int, step: int) -> int:

@@ -100,7 +100,9 @@ class Unmasking(State):
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
         self.preference: Tensor = torch.zeros(B, device=dllm.device)
         cache = make_cache(config.cache, self)
-        self.predictions = Predictions(dllm, B, L, sampling=self.sampling, cache=cache, history=config.kl)
+        self.predictions = Predictions(
+            dllm, B, L, sampling=self.sampling, cache=cache, history=config.kl, block_input=config.block_input
+        )
         self.sizes = {"L": L, "K": self.sampling.top_k, "H": config.kl, "d": dllm.hidden_size}
         now = Moment(self, self.mask, self.mask)
         self._asked_for = {entry.name for entry in ENTRIES if entry.value(now) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from dllm_gym.checks import choice
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.dataset import DatasetTask
 from dllm_gym.tasks.grading.text import LIMIT, marked
@@ -15,6 +16,8 @@ _CELLS = (
     re.compile(r"[0-9._](?:[\s|,]*[0-9._])*"),
     re.compile(r"[0-9._](?:(?:(?!\n[ ]*\n)[\s|,\[\]*\\&:+-])*[0-9._])*"),
 )
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+SCORES = ("cells", "grid", "d1")
 _ROW_NAME = re.compile(r"\brow[ ]?[0-9][ ]?:", re.IGNORECASE)
 
 
@@ -31,8 +34,10 @@ class SudokuFile(DatasetTask):
     0.5
 
     Args:
-        score: ``"cells"``, the fraction of blank cells that are right (d1, arXiv 2504.12216), or ``"grid"``: 1 if all
-            are, else 0.
+        score: ``"cells"``, the fraction of blank cells that are right, or ``"grid"``: 1 if all are, else 0. Both need
+            a whole grid. ``"d1"`` is the reward of d1 (arXiv 2504.12216) and UPO to the letter, for comparisons: the
+            fraction of blank cells that are right in the digits of the last closed ``<answer>``, whatever stands
+            between them; zeros are appended to less than 16, more are cut off.
         settings: those of :class:`~dllm_gym.tasks.dataset.DatasetTask`.
     """
 
@@ -42,9 +47,7 @@ class SudokuFile(DatasetTask):
 
     def __init__(self, *, score: str = "cells", **settings):
         super().__init__(**settings)
-        if score not in ("cells", "grid"):
-            raise ValueError(f"score={score!r} is not known: choose one of cells, grid")
-        self.score = score
+        self.score = choice("score", score, SCORES)
 
     def prepare(self, row: Row) -> Row:
         cells = (row[field] for field in self.fields)
@@ -68,11 +71,28 @@ class SudokuFile(DatasetTask):
 
     def grade(self, example: Example, completion: str) -> float:
         reply = self.whole_reply(example, completion)
+        if self.score == "d1":
+            return share(example, digits_of(reply).ljust(16, "0")[:16])
         cells = last_grid((marked(reply, hashes=False) or reply)[-LIMIT:])
         if not cells:
             return 0.0
-        right = [c == s for c, p, s in zip(cells, example["puzzle"], example["solution"], strict=True) if p == "0"]
-        return sum(right) / len(right) if self.score == "cells" else float(cells == example["solution"])
+        return share(example, cells) if self.score == "cells" else float(cells == example["solution"])
+
+
+def share(example: Example, cells: str) -> float:
+    """The fraction of blank cells that are right in sixteen cells."""
+    right = [c == s for c, p, s in zip(cells, example["puzzle"], example["solution"], strict=True) if p == "0"]
+    return sum(right) / len(right)
+
+
+def digits_of(text: str) -> str:
+    """All digits in the last closed ``<answer>``, as d1 reads it; empty without one.
+
+    >>> digits_of("<answer>9</answer> or <answer>12a3\\n4</answer>, <answer>5")
+    '1234'
+    """
+    answers = _ANSWER.findall(text)
+    return re.sub(r"\D", "", answers[-1]) if answers else ""
 
 
 def last_grid(text: str) -> str:

@@ -257,6 +257,40 @@ def test_upo_with_a_divergence_equals_the_written_loss(name):
     torch.testing.assert_close(learnt, expected_gradient(total, twin), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_equally_confident_positions_share_the_target_if_asked(share):
+    batch, policy = one_position_batch(), make_policy()
+    batch["confidence"][..., 0] = (batch["confidence"][..., 0] * 3).round() / 3  # many are alike
+    twin, total, ties = copy.deepcopy(policy), 0.0, 0
+    for e in range(E):
+        for t in range(int(LENGTHS[e])):
+            step = batch[e, t]
+            logits = twin(step["confidence"], step["mask"], step["time"])
+            legal = [i for i in range(L) if step["action_mask"][i]]
+            log_prob = logits[legal].log_softmax(-1)
+            confidence = [float(step["confidence"][i, 0]) for i in legal]
+            best = [n for n, c in enumerate(confidence) if c == max(confidence)]
+            ties += len(best) > 1
+            total = total - (log_prob[best].mean() if share else log_prob[best[0]]) / E
+    assert ties
+    total = plain_clipped_sum(twin, batch) + 0.2 * total
+    learnt, _ = learnt_gradient(upo(policy, MaxConfidence(share_ties=share), 0.2), policy, batch)
+    torch.testing.assert_close(learnt, expected_gradient(total, twin), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("vocabulary", "seen"), [(6, 6), (5_000, 8)])
+def test_the_softmax_reference_sums_over_the_whole_vocabulary_if_asked(vocabulary, seen):
+    p = (3 * torch.randn(4, L, vocabulary, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    weight = (p.double() / 0.05).exp().sum(-1)  # (4, L)
+    legal = torch.arange(L) < torch.tensor([[2], [3], [L], [L]])
+    expected = (weight / (weight * legal).sum(-1, keepdim=True)).log()[:, 1]
+    confidence = p.sort(-1, descending=True).values[..., :seen]
+    steps = {"confidence": confidence, "action_mask": legal, "action": torch.eye(L)[[1] * 4]}
+    log_prob = Softmax(vocab_size=vocabulary).log_prob(steps)
+    torch.testing.assert_close(log_prob, expected.float(), atol=1e-4 if seen == vocabulary else 2e-2, rtol=1e-4)
+    assert (Softmax().log_prob(steps) - log_prob).abs().max() > 0.05
+
+
 def test_upo_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="distribution=one_position"):
         UPO(make_actor(make_policy(), ZeroTruncatedBernoulli), SGD, reference=Softmax())

@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from agents.training import Collector, Prompts
+from dllm_gym.deciders import OnePosition, PolicyDecider, TopK
 from dllm_gym.tasks import Sudoku
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,7 @@ def envs():
         hidden=True,
         tokens=True,
         alpha=[0.1, 10],
+        block_input=True,
         max_episode_steps=3,
     )
 
@@ -102,6 +104,8 @@ def test_two_updates_or_a_reason(scripts, envs, agent, policy, distribution):
     [
         ("agent=upo", "reference=max_confidence"),
         ("agent=upo", "reference=top_k"),
+        ("agent=upo", "reference=softmax_published", "agent.algorithm.normalize=false"),
+        ("agent=upo", "reference=max_confidence_published"),
         ("agent=imitation", "expert=max_confidence", "distribution=one_position"),
         ("agent=imitation", "expert=max_confidence", "distribution=dpls"),
         ("agent=imitation", "expert=blockwise_threshold"),
@@ -113,6 +117,40 @@ def test_two_updates_or_a_reason(scripts, envs, agent, policy, distribution):
 def test_the_other_choices_of_an_agent(scripts, envs, overrides):
     metrics, before, after = two_updates(scripts, envs, *overrides)
     assert metrics["gradient_steps"] >= 1 and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("policy", ["mlp", "upo_published"])
+def test_a_run_may_begin_by_imitating_the_most_confident_position(scripts, envs, policy):
+    shared, training = scripts
+    settings = ["agent=upo", f"policy={policy}", "agent.imitation.rounds=6", "agent.algorithm.epochs=6"]
+    settings += ["prompts_per_round=12", "agent.imitation.lr=5e-3", "agent.algorithm.optimizer.lr=0"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose("train", [*settings, "agent.algorithm.max_grad_norm=1"])
+    torch.manual_seed(0)
+    network = shared.make_policy(cfg, torch.device("cpu"))
+    observation, _ = envs.reset(seed=5)
+    player, rule = PolicyDecider(network, OnePosition), TopK(1)
+    wanted = rule(observation, None).to(torch.int8)
+
+    @torch.no_grad()
+    def likelihood() -> float:
+        return float(player.distribution(observation).log_prob(wanted).mean())
+
+    before = likelihood()
+    training.imitate(cfg, envs, network)
+    assert likelihood() > before + 0.3
+
+
+@pytest.mark.parametrize("reference", ["softmax", "softmax_published", "max_confidence_published", "top_k"])
+def test_the_vocabulary_of_a_reference_is_the_models_own(scripts, reference):
+    shared, training = scripts
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose("train", ["agent=upo", "policy=mlp", f"reference={reference}", "task=sudoku"])
+    policy = shared.make_policy(cfg, torch.device("cpu"))
+    used = training.make_learner(cfg, policy).algorithm.reference
+    vocabulary = shared.make_dllm(cfg, torch.device("cpu")).vocab_size
+    expected = {"softmax": 0, "softmax_published": vocabulary}
+    assert getattr(used, "vocab_size", None) == expected.get(reference)
 
 
 def test_the_top_k_reference_narrows_the_policy(scripts):

@@ -19,6 +19,7 @@ from dllm_gym.deciders.lup import DiTConfidenceLUP, DiTHiddenLUP
 from dllm_gym.deciders.networks import DiTConfidence, DiTHidden, MLPPolicy, UPOPolicy
 from dllm_gym.deciders.player import PolicyDecider, make_actor
 from dllm_gym.deciders.policy import Policy
+from dllm_gym.deciders.upo import UPOPublished
 
 OWN = {"heads": 3, "kv_heads": 3, "ffn": 32, "rope_theta": 500.0, "norm_eps": 1e-5}
 SMALL = {
@@ -28,6 +29,7 @@ SMALL = {
     MLPPolicy: {"width": 16, "top_k": 3},
     DiTConfidenceLUP: {"width": 16, "ffn": 32, "top_k": 2, "num_blocks": 2},
     DiTHiddenLUP: {"hidden_size": 24, "own_block": OWN, "time_embed_dim": 10},
+    UPOPublished: {"hidden_size": 24, "own_block": OWN, "top_k": 4, "block_length": 3},
 }
 READS = {
     DiTConfidence: ("confidence", "mask", "time"),
@@ -36,6 +38,7 @@ READS = {
     MLPPolicy: ("confidence", "mask", "time"),
     DiTConfidenceLUP: ("confidence", "mask", "time"),
     DiTHiddenLUP: ("hidden", "mask", "time"),
+    UPOPublished: ("block_input", "confidence", "mask", "action_mask"),
 }
 each_family = pytest.mark.parametrize("family", SMALL, ids=lambda family: family.__name__)
 
@@ -49,6 +52,7 @@ def observation(*lead, length=9, k=4, d=24):
         "action_mask": (mask & (torch.arange(length) < 6)).to(torch.int8),
         "time": torch.rand(*lead, 1, generator=generator),
         "hidden": 3 * torch.randn(*lead, length, d, generator=generator),
+        "block_input": 3 * torch.randn(*lead, length, d, generator=generator),
     }
 
 
@@ -105,6 +109,7 @@ def test_it_reads_what_it_says_and_nothing_else(family):
         "action_mask": 1 - obs["action_mask"],
         "time": obs["time"] + 0.2,
         "hidden": obs["hidden"].flip(0),
+        "block_input": obs["block_input"].flip(0),
     }
     logits = call(policy, obs)
     assert policy.in_keys == policy.reads == READS[family]
@@ -246,6 +251,7 @@ def test_requirements_are_the_settings_of_the_environment():
         MLPPolicy: {"top_k": 3},
         DiTConfidenceLUP: {"top_k": 2},
         DiTHiddenLUP: {"hidden": 1},
+        UPOPublished: {"top_k": 4, "block_input": 1},
     }
     assert make(DiTHidden, candidates=3).requires == {"top_k": 1, "hidden": 1}
     assert PolicyDecider(make(UPOPolicy), BernoulliArgmax).requires == {"top_k": 4, "hidden": 1}
@@ -342,11 +348,11 @@ SPOILT = {
     "another class": edited(lambda config: {**config, "policy": "Policy"}),
     "no class": edited(lambda config: {k: v for k, v in config.items() if k != "policy"}),
     "unknown setting": edited(lambda config: {**config, "layers": 2}),
-    "missing setting": edited(lambda config: {k: v for k, v in config.items() if k != "output_bias"}),
+    "missing setting": edited(lambda config: {k: v for k, v in config.items() if k != list(config)[1]}),
     "invalid setting": edited(lambda config: {**config, "candidates": 0}),
     "setting of another type": edited(lambda config: {**config, "candidates": "many"}),
     "not a dictionary": edited(list),
-    "missing weight": reweighted(lambda weights: weights.pop("head.bias")),
+    "missing weight": reweighted(lambda weights: weights.pop("head.weight")),
     "unexpected weight": reweighted(lambda weights: weights.update(more=torch.zeros(1))),
     "mis-shaped weight": reweighted(lambda weights: weights.update({"head.weight": torch.zeros(16, 1)})),
     "truncated config": lambda folder: (folder / "config.json").write_text('{"policy": '),

@@ -27,12 +27,14 @@ EVERYTHING = {
     "tokens": True,
     "kl": 3,
     "hidden": True,
+    "block_input": True,
     "alpha": [1.0, 3.0],
 }
 
 
 def test_settings_ask_for_entries():
-    assert COUNTS == ("top_k", "kl") and FLAGS == ("entropy", "margin", "committed", "tokens", "hidden")
+    assert COUNTS == ("top_k", "kl")
+    assert FLAGS == ("entropy", "margin", "committed", "tokens", "hidden", "block_input")
     known = {field.name for field in dataclasses.fields(EnvConfig)}
     assert {entry.setting for entry in ENTRIES} - {None} <= known
 

@@ -155,6 +155,34 @@ def test_hidden_states_are_those_of_the_model(tiny):
     torch.testing.assert_close(core.observe()["hidden"], expected, atol=1e-5, rtol=1e-5)
 
 
+def given_to_the_last(backbone, tokens):
+    """What the block before the last one gives, [1, T, d]."""
+    given = []
+    hook = backbone.layers[-2].register_forward_hook(lambda _, args, out: given.append(out))
+    backbone(input_ids=tokens)
+    hook.remove()
+    return given[0]
+
+
+def test_block_inputs_are_what_the_models_last_block_reads(tiny):
+    core = start(block_input=True)
+    for _ in range(2):
+        expected = given_to_the_last(tiny.backbone, core.tokens)[:, -20:]
+        torch.testing.assert_close(core.observe()["block_input"], expected, atol=1e-5, rtol=1e-5)
+        act(core, torch.eye(20)[[3, 4]])
+        core.predict()
+    assert "block_input" not in start(hidden=True).observe()
+
+
+def test_block_inputs_are_those_of_rows_without_their_padding(mixed_task):
+    core = start(task=mixed_task, block_input=True, hidden=True)
+    padding = [int((tokens == core.dllm.pad_id).int().cumprod(0).sum()) for tokens in core.tokens]
+    assert len(set(padding)) == 2
+    for lane, left in enumerate(padding):
+        expected = given_to_the_last(core.dllm.backbone, core.tokens[lane : lane + 1, left:])[0, -core.L :]
+        torch.testing.assert_close(core.observe()["block_input"][lane], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_callable_rewards_and_lengths_of_ones_own(tiny):
     core = start(gen_length=24, block_length=8, reward=lambda score, steps, length: 1.0 * steps + length)
     assert act(core, torch.ones(2, 24)).done.tolist() == [False, False]

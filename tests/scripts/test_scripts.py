@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -266,9 +267,62 @@ def test_every_choice_of_every_group_composes_and_instantiates(group, tmp_path):
         assert cfg[group] is not None or group == "logger"
 
 
+UPO = [  # the published run, with less of everything
+    "experiment=upo_sudoku",
+    "prompts_per_round=2",
+    "agent.group_size=3",
+    "agent.imitation.rounds=1",
+    "agent.algorithm.epochs=2",
+    "evaluation.examples=4",
+    "evaluation.validation=4",
+    "checkpoints.validation=4",
+    "heuristics=none",
+    "threads=1",
+]
+
+
+@pytest.mark.parametrize("reference", ["softmax_published", "max_confidence_published"])
+def test_upo_as_published_trains_is_evaluated_greedily_and_goes_on(reference, tmp_path, capsys):
+    command = [*UPO, f"reference={reference}", "agent=upo"]
+    call("train", tmp_path, *command, "rounds=1")
+    assert "imitating" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in rows] == ["policy(greedy)"]
+    call("train", tmp_path, *command, "rounds=2", "resume=auto")
+    assert "imitating" not in capsys.readouterr().err
+    with (tmp_path / "metrics.csv").open() as file:
+        rounds = list(csv.DictReader(file))
+    assert [row["gradient_steps"] for row in rounds] == ["2.0", "2.0"]
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["agent"]["algorithm"]["normalize"] is False and config["env"]["committed_confidence"] is True
+
+
+def test_upo_as_published_has_its_counts_and_a_constant_rate():
+    cfg = compose_config("train", "experiment=upo_sudoku")
+    assert cfg.prompts_per_round * cfg.agent.group_size == 144
+    assert cfg.rounds * cfg.agent.algorithm.epochs == pytest.approx(3_500, abs=16)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.agent.algorithm.optimizer.lr)
+    schedule = hydra.utils.instantiate(cfg.agent.algorithm.scheduler)(optimizer)
+    rates = []
+    for _ in range(cfg.rounds):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:12] == pytest.approx([3e-6 * i / 12 for i in range(12)])
+    assert set(rates[12:]) == {3e-6}
+
+
+@pytest.mark.parametrize("greedy", ["true", "false", "null"])
+def test_a_policy_is_evaluated_greedily_sampled_or_both(greedy, tmp_path):
+    call("train", tmp_path, *SMALL, "rounds=1", f"evaluation.greedy={greedy}", "evaluation.validation=null")
+    names = {row["name"] for row in json.loads((tmp_path / "results.json").read_text())}
+    expected = {"true": {"policy(greedy)"}, "false": {"policy(sampled)"}}
+    assert names == expected.get(greedy, {"policy(greedy)", "policy(sampled)"})
+
+
 def test_sweeps_over_agents_make_one_table(tmp_path):
     settings = [setting for setting in SMALL if not setting.startswith("reward")]
-    sweep = ["-m", *settings, "agent=grpo,upo", "reward.alpha=0.3", "seed=0,1", "rounds=1"]
+    sweep = ["-m", *settings, "agent=grpo,upo", "reward.alpha=0", "seed=0,1", "rounds=1"]
     run("train.py", *sweep, f"hydra.sweep.dir={tmp_path}")
     assert len(list(tmp_path.rglob("results.json"))) == 4
     table = tmp_path / "table.csv"

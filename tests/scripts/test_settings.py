@@ -123,6 +123,15 @@ train agent.group_size=two                               | agent.group_size='two
 train agent.max_batches=0                                | agent.max_batches=0
 train agent=ppo agent.max_batches=2                      | agent.max_batches=2
 train agent=upo distribution=dpls                        | distribution=one_position
+train agent=upo                                          | reward.alpha=[0.1, 10]
+train agent=upo reward.alpha=1                           | reward.alpha=1
+train agent=upo reward=additive                          | reward.alpha=
+train agent=grpo distribution=one_position reward.alpha=.1 | reward.alpha=0.1
+train experiment=upo_sudoku reward.alpha=0.5             | reward.alpha=0.5
+train agent.imitation.rounds=-1                          | agent.imitation.rounds=-1
+train agent.imitation.lr=0                               | agent.imitation.lr=0
+train agent.imitation.rounds=2 agent.warm_start=RUN      | agent.warm_start='RUN'
+train evaluation.greedy=often                            | evaluation.greedy='often'
 train agent=upo reference=top_k policy.candidates=3      | policy.candidates=5
 train agent=upo reference.temperature=0                  | temperature=0
 train agent=upo agent.algorithm.beta=-1                  | beta=-1

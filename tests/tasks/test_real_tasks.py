@@ -502,6 +502,29 @@ def test_sudokus_from_files_are_scored_by_cell_or_as_a_whole(text, cells, grid):
     assert SudokuFile(score="grid").grade(PUZZLE, text) == grid
 
 
+D1 = [  # the blanks are the second, the third and the last cell: 2, 3 and 1
+    ("<answer>1234341221434321</answer>", 1),
+    ("<answer>\n1234\n3412\n2143\n4321\n</answer> done 1", 1),
+    ("<answer>1234 3412 | 2143, row 4: 4321.</answer>", 2 / 3),  # whose 4 is a digit as well
+    ("<answer>123434122143432</answer>", 2 / 3),  # filled up with zeros
+    ("<answer>12</answer>", 1 / 3),
+    ("<answer>2</answer>", 0),
+    ("<answer>12343412214343219999</answer>", 1),  # cut off
+    ("<answer>0123434122143432</answer>", 0),
+    ("<answer>1</answer><answer>12</answer>", 1 / 3),  # the last one
+    ("<answer>1234341221434321", 0),  # not closed
+    ("1234341221434321", 0),
+    ("<answer></answer>", 0),
+    ("<answer>none</answer>", 0),
+    ("", 0),
+]
+
+
+@pytest.mark.parametrize(("text", "score"), D1, ids=[text[:24] for text, _ in D1])
+def test_malformed_grids_score_as_d1_scores_them_if_asked(text, score):
+    assert SudokuFile(score="d1").grade(PUZZLE, text) == pytest.approx(score)
+
+
 # ---- mixtures ----
 
 
@@ -730,7 +753,7 @@ WRONG = [
     ),
     (lambda path: SudokuFile(data=path / "grid.json").examples("train"), "'1204', '1234' is no 4x4 puzzle"),
     (lambda path: SudokuFile().examples("test"), r"'sudoku4_csv' has no such data .*task\.data="),
-    (lambda path: SudokuFile(score="rows"), "score='rows' is not known: choose one of cells, grid"),
+    (lambda path: SudokuFile(score="rows"), "score='rows' is not known: choose one of cells, grid, d1"),
     (lambda path: GSM8K().examples("dev"), "split='dev' .* choose one of train, validation, test"),
     (lambda path: GSM8K(shots=-1), "shots=-1: need"),
     (lambda path: GSM8K(shots=1.5), "shots=1.5: need"),
