@@ -23,7 +23,6 @@ from dllm_gym.replay import MOST, page
 if TYPE_CHECKING:
     from agents.rollout import Decider
     from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
-    from dllm_gym.render import Frame
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -64,6 +63,7 @@ def main(cfg: DictConfig) -> None:
     from run_folder import load_policy
 
     from dllm_gym.deciders.player import PolicyDecider, make_decider
+    from dllm_gym.envs.episodes import record
 
     check_settings(cfg)
     decider = hydra.utils.instantiate(cfg.decider)
@@ -87,40 +87,18 @@ def main(cfg: DictConfig) -> None:
         write_page(envs, racers, cfg)
         return
     print(f"{decider} on example {example} of {cfg.split}\n")
-    frames = replay(envs, decider, example, cfg.seed, Viewer(fps=cfg.fps))
+    frames = record(envs, decider, example, cfg.seed, Viewer(fps=cfg.fps).show)
     if cfg.gif is not None:
         save_gif([pixels(frame) for frame in frames], cfg.gif, cfg.fps)
         print(f"written: {cfg.gif}")
 
 
-def replay(
-    envs: DLLMUnmaskVectorEnv, decider: Decider, example: int, seed: int, viewer: Viewer | None = None
-) -> list[Frame]:
-    """Decode one episode, step by step, and show it if there is a viewer; returns what was to be seen."""
-    import torch
-
-    from dllm_gym.noise import fold, uniform
-
-    options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
-    observation, _ = envs.reset(seed=seed, options=options)
-    frames, done = [], False
-    stream = fold(torch.full((1,), seed, dtype=torch.int64, device=envs.device), 0)
-    for step in range(envs.core.max_steps + 1):
-        frames.append(envs.core.frame(0))
-        if viewer is not None:
-            viewer.show(frames[-1])
-        if done:
-            break
-        action = decider(observation, uniform(stream, step, envs.core.L))
-        observation, _, terminated, truncated, _ = envs.step(action)
-        done = bool(terminated | truncated)
-    return frames
-
-
 def write_page(envs: DLLMUnmaskVectorEnv, racers: list[Decider], cfg: DictConfig) -> None:
     """Let them race on the same examples, and write the page."""
+    from dllm_gym.envs.episodes import record
+
     last = min(cfg.example + cfg.examples, len(envs.core.examples))
-    races = [[replay(envs, racer, example, cfg.seed) for racer in racers] for example in range(cfg.example, last)]
+    races = [[record(envs, racer, example, cfg.seed) for racer in racers] for example in range(cfg.example, last)]
     Path(cfg.html).write_text(page([str(racer) for racer in racers], races), encoding="utf-8")
     print(f"written: {cfg.html}")
 

@@ -1,4 +1,4 @@
-"""The programs in examples/ with which somebody adds something of their own, run on the shipped dLLM."""
+"""The programs in examples/ with which somebody adds something of their own, and the tour, on the shipped dLLM."""
 
 from __future__ import annotations
 
@@ -67,3 +67,16 @@ def test_the_algorithm_learns_what_the_same_rounds_without_steps_do_not(example)
     own = example("own_algorithm")
     learning, standing = own.main(rounds=4), own.main(rounds=4, lr=0.0)
     assert learning[0] == standing[0] and np.mean(learning[2:]) > np.mean(standing[2:]) + 0.05
+
+
+def test_the_tour_runs_from_its_first_cell_to_its_last():
+    nbformat = pytest.importorskip("nbformat", reason="a notebook needs nbclient and ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="a notebook needs nbclient and ipykernel")
+    tour = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    shown = [output for cell in tour.cells for output in cell.get("outputs", [])]
+    assert shown and not any(output.output_type == "error" or output.get("name") == "stderr" for output in shown)
+    nbclient.NotebookClient(tour, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    front, replay = (
+        cell.outputs[-1].data for cell in tour.cells if "draw(rows" in cell.source or "page(" in cell.source
+    )
+    assert len(front["image/png"]) > 10_000 and "policy(trained)" in replay["text/html"]

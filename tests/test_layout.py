@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "process": {"models", "tasks", "noise", "render"},
     "envs": {"process", "models", "noise", "render"},
     "decode": {"envs", "process", "models", "tasks", "deciders", "prompt"},
+    "harness": {"decode", "models", "deciders", "prompt"},
     **dict.fromkeys(["env", "vector_env", "torchrl_env", "sb3_env"], {"envs"}),  # names of before
 }
 EVERYWHERE = {"checks"}
@@ -134,14 +135,15 @@ def test_importing_is_light_and_silent():
     assert loaded("import dllm_gym.envs.vector, dllm_gym.deciders", ["torchrl", "hydra"]) == "[]\n"
 
 
+OPTIONAL = {"sb3": "stable_baselines3", "sb3_env": "stable_baselines3", "harness": "lm_eval"}
 FACES = ("single", "vector", "torchrl", "sb3")
 SHOWN = [*ROOT.glob("dllm_gym/tasks/*.py"), *(ROOT / f"dllm_gym/envs/{name}.py" for name in FACES)]
 
 
 @pytest.mark.parametrize("path", files("dllm_gym", "agents"), ids=module_name)
 def test_examples_in_docstrings_run(path):
-    if path.stem in ("sb3", "sb3_env"):
-        pytest.importorskip("stable_baselines3", reason="the adapter needs Stable-Baselines3")
+    if path.stem in OPTIONAL:
+        pytest.importorskip(OPTIONAL[path.stem], reason="what it adapts is an extra")
     result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.failed == 0
     assert result.attempted or path not in SHOWN or path.stem in ("__init__", "base"), "show how it is used"

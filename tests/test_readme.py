@@ -24,6 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from dllm_gym.decode import SETTINGS
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import ENTRIES
 
@@ -118,10 +119,21 @@ def check_command(words: list[str], monkeypatch) -> None:
         case ["pip", "install", "-e", what]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert set(filter(None, what.removeprefix(".").strip("[]").split(","))) <= set(extras)
+        case ["python", "-m", "dllm_gym.harness", *arguments]:
+            check_harness(dict(zip(arguments[::2], arguments[1::2], strict=True)))
         case ["eval", inner]:
             check_command(shlex.split(inner.removeprefix("$(").removesuffix(")")), monkeypatch)
         case _:
             assert words in (["pytest"],), f"nobody checks the command {words}"
+
+
+def check_harness(options: dict[str, str]) -> None:
+    """Of the harness's own options three are used; what goes to the model are its arguments, or the decoder's."""
+    assert options.keys() == {"--model", "--model_args", "--tasks"} and options["--model"] == "dllm_gym"
+    tree = ast.parse((ROOT / "dllm_gym" / "harness.py").read_text())  # its imports are an extra
+    (init,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    own = {argument.arg for argument in (*init.args.args, *init.args.kwonlyargs)}
+    assert {part.partition("=")[0] for part in options["--model_args"].split(",")} <= own | set(SETTINGS)
 
 
 def check_settings(script: str, arguments: list[str]) -> None:
@@ -180,6 +192,10 @@ def test_links_lead_somewhere(page):
 def test_every_page_can_be_found_from_the_readme():
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall((ROOT / "README.md").read_text())}
     assert set(PAGES) <= linked | {ROOT / "README.md"}
+
+
+def test_the_cheat_sheet_has_twenty_commands():
+    assert len(told(ROOT / "docs" / "cheatsheet.md")) == 20
 
 
 def test_the_readme_is_short_and_its_figures_are_those_of_the_main_job():

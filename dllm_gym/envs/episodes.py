@@ -15,6 +15,7 @@ from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models.batches import upload
 from dllm_gym.noise import fold, uniform
 from dllm_gym.process.config import EMPTY
+from dllm_gym.render import Frame
 
 
 @dataclass
@@ -97,3 +98,34 @@ def play(
         if moved:
             time[upload(done, device)] = 0
         yield Ended(done, info.get("episode", {}), truncated)
+
+
+def record(
+    env: DLLMUnmaskVectorEnv,
+    decider: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    example: int,
+    seed: int = 0,
+    show: Callable[[Frame], None] | None = None,
+) -> list[Frame]:
+    """What is to be seen of one episode: a frame before its first step, and one after every step.
+
+    Args:
+        env: has one lane, and does not reset it (``autoreset_mode="Disabled"``).
+        example: which of the environment's.
+        show: is given every frame as soon as it is there.
+    """
+    options = {"examples": [example], "alpha": getattr(decider, "alpha", None)}
+    observation, _ = env.reset(seed=seed, options=options)
+    stream = fold(torch.full((1,), seed, dtype=torch.int64, device=env.device), 0)
+    frames: list[Frame] = []
+    done = False
+    for step in range(env.core.max_steps + 1):
+        frames.append(env.core.frame(0))
+        if show is not None:
+            show(frames[-1])
+        if done:
+            break
+        action = decider(observation, uniform(stream, step, env.core.L))
+        observation, _, terminated, truncated, _ = env.step(action)
+        done = bool(terminated | truncated)
+    return frames
