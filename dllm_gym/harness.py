@@ -90,7 +90,7 @@ class HarnessDLLM(LM):
             log.warning("--device %s, the harness's default: there is no CUDA here, the CPU decodes", device)
             device = None
         options = {"gen_length": gen_length, "batch_size": lanes, "seed": seed, "device": device}
-        self.decoder = Decoder(model, decider, **{"stop_at_eos": True, **options, **settings})
+        self.decoder = Decoder(model, decider, **options, **settings)
         self.dllm, self._device = self.decoder.dllm, self.decoder.dllm.device
         self.decoded: list[Decoded] = []
         self.chats: dict[str, Chat] = {}  # by what the template makes of them

@@ -109,7 +109,7 @@ def test_the_number_is_the_labs_on_the_same_questions(temperature, local_tasks):
     settings = {"gen_length": LENGTH, "temperature": temperature}
     env = DLLMUnmaskVectorEnv(16, model="tiny_shallow", task="arithmetic", split="test", **settings)
     lab = evaluate(env, Joint(0.2), range(COUNT), seed=3)
-    lm = HarnessDLLM("tiny_shallow", "joint(0.2)", batch_size=7, seed=3, stop_at_eos=False, **settings)
+    lm = HarnessDLLM("tiny_shallow", "joint(0.2)", batch_size=7, seed=3, **settings)
     assert harness(local_tasks, lm, "sums") == pytest.approx(float(lab.score.mean()))
     assert [result.text for result in lm.decoded] == lab.completions
     assert [result.nfe for result in lm.decoded] == lab.nfe.tolist()
