@@ -80,7 +80,8 @@ class HarnessDLLM(LM):
         self.mc_num = whole("mc_num", mc_num)
         self.check_greedy, self.seed = flag("check_greedy", check_greedy), check_seed("seed", seed)
         auto = isinstance(batch_size, str) and batch_size.startswith("auto")
-        lanes = (max_batch_size or LANES) if auto else int(batch_size)
+        lanes: Any = (max_batch_size or LANES) if auto else batch_size
+        lanes = int(lanes) if str(lanes).isdecimal() else lanes  # the command line gives texts
         how = {"distribution": distribution, "temperature": policy_temperature, "greedy": greedy, "alpha": alpha}
         decider = make_decider(policy, **how)
         manner = getattr(getattr(decider, "policy", None), "manner", None)
@@ -89,8 +90,8 @@ class HarnessDLLM(LM):
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             log.warning("--device %s, the harness's default: there is no CUDA here, the CPU decodes", device)
             device = None
-        options = {"gen_length": gen_length, "batch_size": lanes, "seed": seed, "device": device}
-        self.decoder = Decoder(model, decider, **options, **settings)
+        own: dict[str, Any] = {"gen_length": gen_length, "batch_size": lanes, "seed": seed, "device": device}
+        self.decoder = Decoder(model, decider, **{**own, **settings})
         self.dllm, self._device = self.decoder.dllm, self.decoder.dllm.device
         self.decoded: list[Decoded] = []
         self.chats: dict[str, Chat] = {}  # by what the template makes of them

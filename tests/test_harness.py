@@ -205,6 +205,9 @@ def test_what_is_wrong_is_said():
         HarnessDLLM("tiny", "nobody")
     with pytest.raises(ValueError, match="mc_num=0"):
         HarnessDLLM("tiny", mc_num=0)
+    with pytest.raises(ValueError, match="batch_size='many'"):
+        HarnessDLLM("tiny", batch_size="many")
+    assert [HarnessDLLM("tiny", batch_size=size).decoder.batch_size for size in ("8", 8, "auto:4")] == [8, 8, 64]
     with pytest.raises(TypeError, match="'steps'"):
         HarnessDLLM("tiny", steps=3)
     lm = HarnessDLLM("tiny")
