@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from agents.fronts import POLICY, Row, decoding, envelope, policy_rewards, reached
+from agents.fronts import POLICY, Row, around, by_run, decoding, envelope, policy_rewards, reached, sentences
 from agents.pictures import plot
 from dllm_gym.runs.files import noted, read
 
 if TYPE_CHECKING:  # who reads and draws results needs no torch
     from torch import Tensor
 
+    from agents.generations import Lab
     from agents.rollout import Decider, Results
-    from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Played:
     """One decider's episodes on one split.
 
     Attributes:
-        results: one per seed, over the same examples. alpha: the one that they were paid by, if it was chosen.
+        results: one per seed, over the same examples. alpha: the one that they were paid by, if it is known.
         length: L, or int64 [E] with templates, as the reward knows it. reward_name: the reward that has alphas.
     """
 
@@ -40,50 +40,78 @@ class Played:
 
     def reward(self, alpha: float | None) -> float:
         """The mean reward; at another alpha than the one it was paid by it follows from score and NFE."""
+        return float(np.mean([r.reward.double().mean().item() for r in self.paid_by(alpha).results]))
+
+    def paid_by(self, alpha: float | None) -> Played:
+        """The same episodes, paid by another alpha."""
         from dllm_gym.process.rewards import make_reward
 
         if alpha is None or alpha == self.alpha:
-            rewards = [r.reward for r in self.results]
-        else:
-            paid = make_reward(self.reward_name, alpha)
-            rewards = [paid(r.score, r.nfe, self.length) for r in self.results]
-        return float(np.mean([r.double().mean().item() for r in rewards]))
+            return self
+        pay = make_reward(self.reward_name, alpha)
+        results = [replace(r, reward=pay(r.score, r.nfe, self.length)) for r in self.results]
+        return replace(self, results=results, alpha=alpha)
 
 
-def play(
-    env: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int]
-) -> dict[str, Played]:
-    """Every decider on the same examples, once per seed.
+def play(lab: Lab, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int]) -> dict[str, Played]:
+    """Every decider on the same examples, once per seed; what the lab knows already is not played again.
 
     In an environment with a range of alphas a decider that has an ``alpha`` is paid by it, every other one by that in
     the middle of the range.
     """
-    from agents.rollout import evaluate
-
-    core = env.core
+    core = lab.env.core
     middle = None if core.alpha_range is None else core.alpha_range.at(0.5)
+    fixed: Any = core.config.alpha if core.alpha_range is None and isinstance(core.pay.name, str) else None
     length = core.source.lengths(examples)
-    length = length if isinstance(length, int) else length.to(env.device)
     played = {}
     for name, decider in deciders.items():
         alpha = getattr(decider, "alpha", None) or middle
-        results = [evaluate(env, decider, examples, seed, alpha) for seed in seeds]
-        played[name] = Played(results, alpha, length, core.pay.name)
+        results = [lab.results(name, decider, examples, seed, alpha) for seed in seeds]
+        lab.known.forget()  # of one decider the seeds may be equal; another plays otherwise
+        played[name] = Played(results, fixed if alpha is None else alpha, length, core.pay.name)
     return played
 
 
-def evaluate_rows(test: Mapping[str, Played], validation: Mapping[str, Played] | None = None) -> list[Row]:
+def evaluate_rows(
+    test: Mapping[str, Played], validation: Mapping[str, Played] | None = None, baseline: str | None = None
+) -> list[Row]:
     """One row per decider, in order, and what is chosen among them on the validation split.
 
-    Chosen are, by mean reward there: of a policy's greedy and sampled decoding one (over all its alphas), and of the
-    rules the best one at the alpha of each policy row, which says how that rule does on these examples.
+    Chosen are, by mean reward there: of a policy's decodings (greedy, or sampled at a temperature) one, over all its
+    alphas, and of the rules the best one at the alpha of each policy row, which says how that rule does on these
+    examples. ``rules_there`` is what the envelope of all rules reaches at a policy row's NFE, and who makes it up.
+
+    Args:
+        baseline: a decider, with which the accuracy of every other one is compared (``difference``, ``p_value``).
     """
-    rows = [summary(name, played.results) for name, played in test.items()]
+    rows = [summary(name, played.results) | {"alpha": played.alpha} for name, played in test.items()]
+    front = envelope(rows)
     for row in rows:
         row |= {"validation_reward": None, "chosen": None, "best_rule": None, "best_rule_reward": None}
+        own = row["family"] == POLICY and bool(front) and row["nfe"] >= front[0]["nfe"]
+        row["rules_there"] = around(front, row["nfe"]) if own else None
+        row["rules_there_accuracy"] = reached(front, row["nfe"]) if own else None
+        row |= {"difference": None, "p_value": None}
+        if baseline is not None and row["name"] != baseline:
+            row["difference"], row["p_value"] = paired(test[row["name"]].results, test[baseline].results)
     if validation is not None:
         choose(rows, test, validation)
     return rows
+
+
+def paired(one: Sequence[Results], other: Sequence[Results], flips: int = 9999) -> tuple[float, float]:
+    """By how much one decider is more accurate on the same examples, and the p-value of the difference.
+
+    The test is two-sided: how often the difference would be at least as large if on every example (its mean over the
+    seeds) the two deciders were exchanged at random; ``flips`` draws, always the same.
+    """
+    first, second = (np.array([r.score.double().cpu().numpy() for r in results]).mean(0) for results in (one, other))
+    difference = first - second
+    apart = difference[difference != 0]
+    rng = np.random.default_rng(0)
+    least = abs(apart.sum()) - 1e-9
+    larger = sum(abs((rng.integers(0, 2, len(apart)) * 2 - 1) @ apart) >= least for _ in range(flips))
+    return float(difference.mean()), float((1 + larger) / (1 + flips))
 
 
 def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[str, Played]) -> None:
@@ -91,8 +119,10 @@ def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[
     rules = [row["name"] for row in rows if row["family"] != POLICY]
     for row in rows:
         row["validation_reward"] = validation[row["name"]].reward(None)
-    by_decoding = policy_rewards(rows, "validation_reward")
-    decoded = max(by_decoding, key=lambda how: by_decoding[how]) if by_decoding else None
+    decoded = set()
+    for own in by_run(rows).values():
+        by_decoding = policy_rewards(own, "validation_reward")
+        decoded.add(max(by_decoding, key=lambda how: by_decoding[how]))
 
     @cache
     def best_rule(alpha: float | None) -> str | None:
@@ -104,7 +134,7 @@ def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[
         if row["family"] != POLICY:
             row["chosen"] = row["name"] == best
             continue
-        row["chosen"] = decoding(row) == decoded
+        row["chosen"] = decoding(row) in decoded
         row["best_rule"], row["best_rule_reward"] = best, None if best is None else test[best].reward(alpha)
 
 
@@ -138,7 +168,15 @@ def summary(name: str, results: Sequence[Results]) -> Row:
     for label, values in (("accuracy", score), ("nfe", nfe)):
         low, high = bootstrap_interval(values)
         row |= {label: float(values.mean()), f"{label}_low": low, f"{label}_high": high}
-    return row | {"reward": float(reward.mean()), "examples": len(score), "seeds": len(results)}
+    row |= {"reward": float(reward.mean()), "examples": len(score), "seeds": len(results)}
+    tokens = [r.tokens for r in results if r.tokens is not None]
+    committed = np.mean([t.cpu().numpy() for t in tokens], axis=0).mean() if tokens else None
+    row["tokens_per_forward"] = None if committed is None else float(committed / nfe.mean())
+    for label in ("score", "nfe", "reward"):
+        means = [getattr(r, label).double().mean().item() for r in results]
+        spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        row["accuracy_sd" if label == "score" else f"{label}_sd"] = spread
+    return row
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
@@ -149,25 +187,62 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 1000, level: float =
     return float(low), float(high)
 
 
+def shown(row: Row) -> dict[str, str]:
+    """A row for people."""
+    texts = {
+        "decider": row["name"],
+        "accuracy": f"{row['accuracy']:.3f}",
+        "95 %": f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}",
+        "NFE": f"{row['nfe']:.2f}",
+        "tok/fwd": number_or_blank(row.get("tokens_per_forward"), 2),
+        "reward": f"{row['reward']:.3f}",
+    }
+    for name in ("accuracy", "reward"):  # over the seeds
+        texts[name] += f" ± {row[f'{name}_sd']:.3f}" if row.get(f"{name}_sd") else ""
+    if row.get("difference") is not None:
+        texts["difference"] = f"{row['difference']:+.3f} (p = {row['p_value']:.2g})"
+    return texts
+
+
+def number_or_blank(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows for a terminal, fastest first within their families."""
+    """The rows for a terminal, in their order."""
+    texts = [shown(row) for row in rows]
     result = Table(title=title)
-    result.add_column("decider")
-    for column in ("accuracy", "95 %", "NFE", "reward"):
-        result.add_column(column, justify="right")
-    for row in rows:
-        result.add_row(
-            row["name"],
-            f"{row['accuracy']:.3f}",
-            f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}",
-            f"{row['nfe']:.2f}",
-            f"{row['reward']:.3f}",
-        )
+    names = dict.fromkeys(name for text in texts for name in text)
+    for name in names:
+        result.add_column(name, justify="left" if name == "decider" else "right", no_wrap=name == "decider")
+    for text in texts:
+        result.add_row(*(text.get(name, "") for name in names))
     return result
 
 
-def save_report(rows: Sequence[Row], folder: Path, title: str) -> None:
-    """Write results.csv, results.png and, last, results.json; each appears whole or not at all."""
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of texts as a table in Markdown; a row may lack columns of others."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def fronts_shown(fronts: Sequence[Row]) -> list[dict[str, str]]:
+    """What is said of whole curves, for people."""
+    names = {"aup": "AUP", "area": "area", "area_log": "area over log NFE"}
+    digits = {"aup": 1, "area": 3, "area_log": 3}
+    return [
+        {"front": row["front"], "points": str(row["points"])}
+        | {title: number_or_blank(row.get(name), digits[name]) for name, title in names.items()}
+        for row in fronts
+    ]
+
+
+def save_report(rows: Sequence[Row], folder: Path, title: str, fronts: Sequence[Row] = ()) -> None:
+    """Write results.csv, results.md, results.png, fronts.json (where there are any) and, last, results.json.
+
+    Each appears whole or not at all. ``fronts``: of :func:`~agents.fronts.front_rows`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def write_csv(path: Path) -> None:
@@ -176,7 +251,13 @@ def save_report(rows: Sequence[Row], folder: Path, title: str) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
+    parts = [f"# {title}\n", markdown([shown(row) for row in rows])]
+    if fronts:
+        parts.append(markdown(fronts_shown(fronts)))
+        noted(folder / "fronts.json", lambda path: path.write_text(json.dumps(list(fronts), indent=2) + "\n"))
+    parts.append("".join(f"- {sentence}\n" for sentence in sentences(rows)))
     noted(folder / "results.csv", write_csv)
+    noted(folder / "results.md", lambda path: path.write_text("\n".join(part for part in parts if part)))
     noted(folder / "results.png", lambda path: plot(rows, path, title))
     noted(folder / "results.json", lambda path: path.write_text(json.dumps(list(rows), indent=2) + "\n"))
 

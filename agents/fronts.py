@@ -54,6 +54,47 @@ def area(front: Sequence[Row], length: float, log: bool = False) -> float:
     return total / (math.log(length) if log else length - 1)
 
 
+def aup(points: Iterable[Row], most: float, alpha: float = 3.0) -> float:
+    """Accuracy under parallelism, the score of the public leaderboard of dLLMs (d3LLM, aup_utils.py).
+
+    rho_1 y_1 + the sum of (rho_i - rho_(i-1)) (y_i W(y_i) + y_(i-1) W(y_(i-1))) / 2, with rho the tokens per forward,
+    y the accuracy in %, W(y) = min(exp(-alpha (1 - y / y_max)), 1), over points with y >= y_1 - 5.
+
+    Args:
+        points: with ``tokens_per_forward``. most: the largest accuracy that anybody reaches, in [0, 1]: y_max / 100.
+    """
+    curve = sorted((p["tokens_per_forward"], 100 * p["accuracy"]) for p in points)
+    if not curve or most <= 0:
+        return 0.0
+    curve = [(rho, y) for rho, y in curve if y >= curve[0][1] - 5]
+    weighed = [(rho, y * min(math.exp(-alpha * (1 - y / (100 * most))), 1)) for rho, y in curve]
+    steps = zip(weighed, weighed[1:], strict=False)
+    return curve[0][0] * curve[0][1] + sum((r1 - r0) * (y0 + y1) / 2 for (r0, y0), (r1, y1) in steps)
+
+
+def front_rows(rows: Sequence[Row], length: float) -> list[Row]:
+    """What is said of whole curves: of all rules together, of every family of them, of every decoding of a policy.
+
+    Returns:
+        Rows of ``front``, ``points`` (of its front), ``aup``, ``area`` and ``area_log`` (see :func:`area`).
+    """
+    curves: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["family"] == POLICY:
+            curves.setdefault(f"{POLICY}({decoding(row)})", []).append(row)
+        else:
+            curves.setdefault("all rules", []).append(row)
+            curves.setdefault(row["family"], []).append(row)
+    most = max(row["accuracy"] for row in rows)
+    found = []
+    for name, own in curves.items():
+        front = pareto(own)
+        score = None if any(row.get("tokens_per_forward") is None for row in own) else aup(front, most)
+        sizes = {"area": area(front, length), "area_log": area(front, length, log=True)} if length > 1 else {}
+        found.append({"front": name, "points": len(front), "aup": score, **sizes})
+    return found
+
+
 def envelope(rows: Iterable[Row]) -> list[Row]:
     """What all rules reach together, whatever their family and setting: the concave hull of their front.
 
@@ -80,12 +121,26 @@ def learned(rows: Iterable[Row]) -> list[Row]:
 
 
 def decoding(row: Row) -> str:
-    """``greedy`` or ``sampled``, of a policy's row."""
-    return row["name"].removeprefix(POLICY).strip("()").partition(",")[0]
+    """Of a policy's row all but its alpha: ``greedy`` or ``sampled``, and where there are several, of which run, and at
+    which temperature."""
+    return ", ".join(part for part in _parts(row) if not part.startswith("alpha="))
+
+
+def by_run(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The policies' rows by the run that they are of, if several were evaluated together (else "")."""
+    found: dict[str, list[Row]] = {}
+    for row in (row for row in rows if row["family"] == POLICY):
+        run = next((part for part in _parts(row) if part.startswith("run=")), "")
+        found.setdefault(run.removeprefix("run="), []).append(row)
+    return found
+
+
+def _parts(row: Row) -> list[str]:
+    return row["name"].removeprefix(POLICY).removeprefix("(").removesuffix(")").split(", ")
 
 
 def policy_rewards(rows: Iterable[Row], column: str = "reward") -> dict[str, float]:
-    """Mean reward of the policy's rows, greedy and sampled: over alphas, if there are several."""
+    """Mean reward of the policy's rows by decoding: over alphas, if there are several."""
     found: dict[str, list[float]] = {}
     for row in (row for row in rows if row["family"] == POLICY):
         found.setdefault(decoding(row), []).append(row[column])
@@ -100,7 +155,8 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
     front = envelope(rows)
     policy = learned(rows)
     if policy and policy[0].get("chosen"):
-        yield f"decoding of the policy, chosen on validation: {decoding(policy[0])}"
+        chosen = dict.fromkeys(decoding(row) for row in policy)
+        yield f"decoding of the policy, chosen on validation: {'; '.join(chosen)}"
     for row in policy if front else []:
         yield f"{row['name']}: {row['accuracy']:.3f} at NFE {row['nfe']:.2f}; {beside(front, row)}"
     for row in policy:

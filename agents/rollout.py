@@ -27,7 +27,7 @@ class Results:
         reward, score: float32 [E]. nfe: int64 [E]. example: int64 [E].
         completions: E texts.
         row_forwards: rows that the dLLM computed. steps: of all episodes. lane_steps: of all lanes, idle ones included.
-        masked: bool [E], the episode was cut and left masks.
+        masked: bool [E], the episode was cut and left masks. tokens: int64 [E], how many were committed, if counted.
         empty_steps: share of steps that unmasked nothing. idle_lanes: share of lane-steps without an episode.
     """
 
@@ -37,6 +37,7 @@ class Results:
     example: Tensor
     completions: list[str]
     masked: Tensor | None = None
+    tokens: Tensor | None = None
     row_forwards: int = 0
     steps: int = 0
     lane_steps: int = 0
@@ -53,12 +54,12 @@ def evaluate(
     the number of lanes nor on its company. A network is evaluated without its dropout.
     """
     alphas = None if alpha is None else [alpha] * len(examples)
-    with _without_dropout(getattr(decider, "policy", None)):
+    with without_dropout(getattr(decider, "policy", None)):
         return _play(env, lambda step: decider(step.observation, step.noise), examples, seed, alphas)
 
 
 @contextmanager
-def _without_dropout(network: Any) -> Iterator[None]:
+def without_dropout(network: Any) -> Iterator[None]:
     if not isinstance(network, torch.nn.Module) or not network.training:
         yield
         return

@@ -1,10 +1,11 @@
-"""One comparable table of several training runs, means and standard deviations over seeds.
+"""One comparable table of several training runs and evaluations, means and standard deviations over seeds.
 
     python scripts/train.py -m agent=grpo,reinforce,ppo reward.alpha=0.3,1,3 seed=0,1,2
     python scripts/compare.py runs=multirun/train/2026-01-01_12-00-00 table=comparison.md
 
 The columns are the choices in which the runs differ; runs of one configuration that differ in their seed make a row.
 The best reward is first where all runs were paid by the same reward. Minutes are those of training, without evaluation.
+An evaluation (scripts/evaluate.py) has a row for each of its policies, and one for its best rule by reward.
 """
 
 from __future__ import annotations
@@ -19,14 +20,10 @@ from omegaconf import DictConfig, ListConfig
 from rich.table import Table
 from run_folder import allowed
 
+from agents.evaluation import markdown
 from agents.reproduction.comparison import as_numbers, as_text, over_seeds, read_runs
 from dllm_gym.checks import distinct, text, writable
 from dllm_gym.runs.files import atomically
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def comma_separated(rows: list[dict[str, Any]]) -> str:

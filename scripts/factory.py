@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Played, evaluate_rows, near, play, save_report, table
-from agents.fronts import Row, sentences
+from agents.fronts import Row, front_rows, sentences
+from agents.generations import Lab
 from agents.rollout import Decider
 from dllm_gym.checks import distinct, flag, number, whole
 from dllm_gym.checks import seed as check_seed
@@ -138,6 +139,9 @@ def requirements(deciders: Iterable[Any]) -> dict[str, int]:
 def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
     """The environment of the evaluation, in which every decider has made a step: what does not fit fails now."""
     settings = cfg.evaluation
+    baseline = settings.get("baseline")
+    if baseline is not None and baseline not in deciders:
+        raise ValueError(f"evaluation.baseline={baseline!r} is none of {', '.join(deciders)}")
     needs = requirements(deciders.values())
     print(f"loading {settings.split} examples and {cfg.model.model or 'their own dLLM'}", flush=True)
     envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
@@ -227,14 +231,25 @@ def refuse_short_answers(envs: DLLMUnmaskVectorEnv) -> None:
         log.warning("gen_length=%d is too short for %d of %d answers of task %r", core.L, long, len(needed), task.name)
 
 
-def policy_deciders(policy: Policy, cfg: DictConfig) -> dict[str, Decider]:
-    """The policy as ``cfg`` evaluates it: greedy, sampled or both, and if it reads a preference with several alphas."""
+def policy_deciders(
+    policy: Policy, cfg: DictConfig, temperatures: Sequence[float] | None = None, run: str = ""
+) -> dict[str, Decider]:
+    """The policy as ``cfg`` evaluates it: greedy, sampled or both, and if it reads a preference with several alphas.
+
+    Args:
+        temperatures: at which it is sampled; None: the one that ``cfg`` has. A greedy action is that of every
+            temperature. run: which one it is of, where there are several.
+    """
     settings = hydra.utils.instantiate(cfg.distribution)
-    temperature = settings.evaluate_temperature
+    heats = [settings.evaluate_temperature] if temperatures is None else list(temperatures)
+    named = {"greedy": [("greedy", heats[0])]}
+    named["sampled"] = [("sampled" if len(heats) == 1 else f"sampled, temperature={heat:g}", heat) for heat in heats]
     knobs = {f", alpha={a:.3g}": a for a in alphas(cfg)} if "preference" in policy.in_keys else {"": None}
+    which = run and f", run={run}"
     return {
-        f"policy({how}{label})": PolicyDecider(policy, settings.evaluate, temperature, how == "greedy", alpha)
-        for how in DECODINGS[cfg.evaluation.get("greedy")]
+        f"policy({how}{which}{label})": PolicyDecider(policy, settings.evaluate, heat, how == "greedy", alpha)
+        for kind in DECODINGS[cfg.evaluation.get("greedy")]
+        for how, heat in named[kind]
         for label, alpha in knobs.items()
     }
 
@@ -280,14 +295,14 @@ def check_evaluation(cfg: DictConfig) -> None:
         number("evaluation.within", settings.within, least=0, most=1)
     for seed in distinct("evaluation.seeds", settings.seeds):
         check_seed("evaluation.seeds", seed)
+    if settings.get("reward_alpha") is not None:
+        number("evaluation.reward_alpha", settings.reward_alpha, least=0)
     if settings.alphas is not None:
         for alpha in distinct("evaluation.alphas", settings.alphas):
             number("evaluation.alphas", alpha, above=0)
 
 
-def validate(
-    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], console: Any
-) -> dict[str, Played] | None:
+def validate(cfg: DictConfig, lab: Lab, deciders: Mapping[str, Decider], console: Any) -> dict[str, Played] | None:
     """The deciders on the first examples of the validation split, once; None where nothing is to be chosen there."""
     settings = cfg.evaluation
     if settings.validation is None or settings.split == "validation":
@@ -295,50 +310,54 @@ def validate(
     began = time.perf_counter()
     needs = requirements(deciders.values())
     try:
-        own = make_envs(cfg, envs.device, num_envs=settings.num_envs, split="validation", **needs)
+        own = make_envs(cfg, lab.env.device, num_envs=settings.num_envs, split="validation", **needs)
     except ValueError as error:
         console.print(f"nothing is chosen on validation: {error}")
         return None
     count = min(settings.validation, settings.examples, len(own.core.examples))
-    played = play_each(own, deciders, range(count), settings.seeds[:1], "validating")
+    there = Lab(own, lab.known, about(cfg))
+    played = play_each(there, deciders, range(count), settings.seeds[:1], "validating")
     seconds = time.perf_counter() - began
     console.print(f"chosen on validation: {count} examples, {len(deciders)} deciders, {seconds:.0f} s")
     return played
 
 
 def play_each(
-    envs: DLLMUnmaskVectorEnv,
-    deciders: Mapping[str, Decider],
-    examples: Sequence[int],
-    seeds: Sequence[int],
-    what: str,
+    lab: Lab, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int], what: str
 ) -> dict[str, Played]:
     """As :func:`~agents.evaluation.play`; says which decider plays."""
     played: dict[str, Played] = {}
     with tqdm(total=len(deciders), desc=f"{what} on {len(examples)} examples", unit="decider") as bar:
         for name, decider in deciders.items():
             bar.set_postfix_str(name)
-            played |= play(envs, {name: decider}, examples, seeds)
+            played |= play(lab, {name: decider}, examples, seeds)
             bar.update()
     return played
 
 
-def report(
-    cfg: DictConfig, envs: DLLMUnmaskVectorEnv, deciders: Mapping[str, Decider], run: RunFolder, console: Any
-) -> list[Row]:
-    """Evaluate, print the table and what it says, write results.{json,csv,png} into the run folder."""
+def about(cfg: DictConfig) -> dict[str, Any]:
+    """Settings that decide episodes and scores, and that neither the environment nor its examples show."""
+    groups = OmegaConf.to_container(OmegaConf.create({"model": cfg.model, "task": cfg.task}), resolve=True)
+    return {"block_length": cfg.env.get("block_length"), **groups}
+
+
+def report(cfg: DictConfig, lab: Lab, deciders: Mapping[str, Decider], run: RunFolder, console: Any) -> list[Row]:
+    """Evaluate, print the table and what it says, write results.{json,csv,md,png} into the run folder."""
     settings = cfg.evaluation
-    validation = validate(cfg, envs, deciders, console)
+    stated = settings.get("reward_alpha")
+    validation = validate(cfg, lab, deciders, console)
+    validation = validation and {name: played.paid_by(stated) for name, played in validation.items()}
     if settings.within is not None and validation is not None:
-        deciders = {name: deciders[name] for name in near(validation, settings.within)}
-    test = play_each(envs, deciders, range(settings.examples), settings.seeds, "evaluating")
-    rows = evaluate_rows(test, validation)
-    run.begin()  # an evaluation that was broken off leaves nothing
-    core = envs.core
+        kept = {*near(validation, settings.within), settings.get("baseline")}
+        deciders = {name: decider for name, decider in deciders.items() if name in kept}
+    test = play_each(lab, deciders, range(settings.examples), settings.seeds, "evaluating")
+    test = {name: played.paid_by(stated) for name, played in test.items()}
+    rows = evaluate_rows(test, validation, settings.get("baseline"))
+    core = lab.env.core
     title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
-    save_report(rows, run.path, title)  # before anything is printed: a reader may go away
+    save_report(rows, run.path, title, front_rows(rows, core.L))  # before anything is printed: a reader may go away
     console.print(table(rows, title))
     for sentence in sentences(rows):
         console.print(sentence)
-    console.print(f"written: {run.path}/results.json, results.csv, results.png", soft_wrap=True)
+    console.print(f"written: {run.path}/results.json, results.csv, results.md, results.png", soft_wrap=True)
     return rows

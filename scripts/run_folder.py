@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from dllm_gym.deciders.policy import Policy
 
 LOCK, LOG, OVERRIDES = ".lock", "run.log", ".hydra/overrides.yaml"
-RESULTS = ("results.json", "results.csv", "results.png")
+GENERATIONS = "generations.jsonl"
+RESULTS = ("results.json", "results.csv", "results.md", "results.png", "fronts.json")
 GROUPS = ("model", "task", "env", "reward", "policy", "distribution", "agent")  # what every run's configuration has
 SECRET = re.compile(r"\$\{\s*oc\.env\s*:[^}]*(TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY)", re.IGNORECASE)
 
@@ -68,8 +69,12 @@ class RunFolder:
             self.path.rmdir()
         self.lock.close()
 
-    def refuse_another_run(self) -> None:
-        """ValueError if the folder holds a run, which this command would write over."""
+    def refuse_another_run(self, resumes: str | None = None) -> None:
+        """ValueError if the folder holds a run, which this command would write over; not if that has left a file of the
+        name ``resumes``, and is no training."""
+        if resumes is not None and (self.path / resumes).is_file() and not (self.path / CHECKPOINTS).exists():
+            (self.path / OVERRIDES).unlink(missing_ok=True)
+            return
         if held := [n for n in (CONFIG, METRICS, CHECKPOINTS, *BEFORE, *RESULTS) if (self.path / n).exists()]:
             raise ValueError(
                 f"hydra.run.dir={self.path} holds a run already ({', '.join(held)}): choose another folder, or go on "

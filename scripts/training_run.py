@@ -17,6 +17,7 @@ import torch
 from command import console as make_console
 from factory import (
     FILLED_IN,
+    about,
     check_evaluation,
     heuristics,
     make_envs,
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from agents.algorithm import Algorithm
 from agents.fronts import policy_rewards
+from agents.generations import Lab
 from agents.imitation import Imitation
 from agents.rollout import evaluate
 from agents.runs.strangers import Refused, read_overrides
@@ -448,7 +450,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     run.begin()
     if not train(cfg, envs, learner, saver, start, stop):
         return None
-    rows = report(cfg, test_envs, deciders, run, console)
+    rows = report(cfg, Lab(test_envs, about=about(cfg)), deciders, run, console)
     validated = all(row["validation_reward"] is not None for row in rows)
     # What Hydra's optimising sweepers maximise: not on the test split, where there is another.
     return max(policy_rewards(rows, "validation_reward" if validated else "reward").values())

@@ -1,10 +1,11 @@
-"""Several training runs as one table: a row per setting, means and spreads over seeds."""
+"""Several training runs and evaluations as one table: a row per setting, means and spreads over seeds."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from agents.evaluation import read_rows
+from agents.fronts import POLICY, by_run, decoding
 from agents.runs.strangers import Allowed, read_config, read_overrides
 from dllm_gym.runs.files import read
 
@@ -24,13 +26,13 @@ ASIDE += ("checkpoints", "trust", "heuristics", "logger")
 
 @dataclass
 class Run:
-    """A finished run.
+    """A finished run, or a policy or the best rule of an evaluation.
 
     Attributes:
-        folder: where it lies. seed: its seed.
+        folder: where it lies. seed: its seed; of an evaluation, which has some of its own, 0.
         config: its resolved configuration without what does not change its outcome.
         choices: what was chosen on its command line, ``name -> value``, without the same.
-        measured: the entries of ``MEASURED``.
+        measured: the entries of ``MEASURED``; NaN for what an evaluation does not know of a training.
     """
 
     folder: Path
@@ -41,7 +43,7 @@ class Run:
 
 
 def read_runs(folders: Iterable[str | Path], evaluated: str, allowed: Allowed | None = None) -> list[Run]:
-    """Every finished run of scripts/train.py below ``folders``.
+    """Every finished run of scripts/train.py below ``folders``, and what every evaluation there has evaluated.
 
     Args:
         allowed: what their configurations may name.
@@ -54,45 +56,92 @@ def read_runs(folders: Iterable[str | Path], evaluated: str, allowed: Allowed | 
     if evaluated not in ("greedy", "sampled", "best"):
         raise ValueError(f"evaluated={evaluated!r} is not valid: greedy, sampled or best")
     paths = sorted({path.parent for folder in folders for path in Path(folder).rglob("results.json")})
-    paths = [path for path in paths if (path / "metrics.csv").exists() and (path / "config.yaml").exists()]
+    paths = [path for path in paths if (path / "config.yaml").exists()]
     if not paths:
-        raise ValueError(f"runs={[str(f) for f in folders]}: no finished run of scripts/train.py below")
-    return [read_run(path, evaluated, allowed or Allowed()) for path in paths]
+        raise ValueError(f"runs={[str(f) for f in folders]}: no finished run of scripts/train.py or evaluate.py below")
+    allowed = allowed or Allowed()
+    return [
+        run
+        for path in paths
+        for run in (
+            [read_run(path, evaluated, allowed)]
+            if (path / "metrics.csv").exists()
+            else read_evaluation(path, evaluated, allowed)
+        )
+    ]
 
 
 def read_run(folder: Path, evaluated: str, allowed: Allowed) -> Run:
-    config = read_config(folder / "config.yaml")
-    allowed.check(config, folder / "config.yaml")
-    read(folder / "config.yaml")  # is what its manifest says
+    config, choices = read_settings(folder, allowed)
     seed = config.get("seed")
     if not isinstance(seed, int):
         raise ValueError(f"{folder / 'config.yaml'} has no seed: it is of no run of scripts/train.py")
+    outcome = {name: value for name, value in config.items() if name not in ASIDE}
+    return Run(folder, seed, outcome, choices, measure(folder, evaluated))
+
+
+def read_evaluation(folder: Path, evaluated: str, allowed: Allowed) -> list[Run]:
+    """The policies of an evaluation, and its best rule by reward (on validation, if it has chosen one there)."""
+    path = folder / "results.json"
+    config, choices = read_settings(folder, allowed)
+    outcome = {name: value for name, value in config.items() if name not in ASIDE}
+    rows = read_rows(path, ("accuracy", "nfe", "reward"))
+    found = {}
+    for run, own in by_run(rows).items():
+        found[f"{POLICY}({run})" if run else POLICY] = played_best(own, evaluated, path)
+    if rules := [row for row in rows if row["family"] != POLICY]:
+        best = max(rules, key=lambda row: (bool(row.get("chosen")), row["reward"]))
+        found[best["name"]] = best
+    nothing = dict.fromkeys(("episodes", "row_forwards", "minutes"), math.nan)
+    return [
+        Run(
+            folder,
+            0,
+            {**outcome, "decider": name},
+            {**choices, "decider": name},
+            {**{each: row[each] for each in ("accuracy", "nfe", "reward")}, **nothing},
+        )
+        for name, row in found.items()
+    ]
+
+
+def read_settings(folder: Path, allowed: Allowed) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration of a folder, and what of it was chosen on the command line."""
+    config = read_config(folder / "config.yaml")
+    allowed.check(config, folder / "config.yaml")
+    read(folder / "config.yaml")  # is what its manifest says
     overrides = folder / ".hydra" / "overrides.yaml"
     lines = read_overrides(overrides) if overrides.exists() else []
     pairs = (line.lstrip("+~").partition("=") for line in lines)
-    choices = {name: value for name, _, value in pairs if name.partition(".")[0] not in ASIDE}
-    outcome = {name: value for name, value in config.items() if name not in ASIDE}
-    return Run(folder, seed, outcome, choices, measure(folder, evaluated))
+    return config, {name: value for name, _, value in pairs if name.partition(".")[0] not in ASIDE}
 
 
 def measure(folder: Path, evaluated: str) -> dict[str, float]:
     """Accuracy, NFE and reward of a run's policy, and what its training took."""
     path = folder / "results.json"
-    rows = read_rows(path, ("accuracy", "nfe", "reward"))
-    means = []
-    for how in ("greedy", "sampled") if evaluated == "best" else (evaluated,):
-        own = [row for row in rows if row["name"].startswith(f"policy({how}")]
-        if not own:
-            raise ValueError(f"{path} holds no policy({how}): it is of no run of scripts/train.py")
-        column = "reward" if own[0].get("validation_reward") is None else "validation_reward"
-        means.append({**mean_of(own), "won": sum(row[column] for row in own) / len(own)})
-    row = max(means, key=lambda row: row["won"])
+    row = played_best(read_rows(path, ("accuracy", "nfe", "reward")), evaluated, path)
     total = totals(folder / "metrics.csv", ("episodes", "row_forwards", "seconds"))
     return {
         **{name: row[name] for name in ("accuracy", "nfe", "reward")},
         **{name: total[name] for name in ("episodes", "row_forwards")},
         "minutes": total["seconds"] / 60,
     }
+
+
+def played_best(rows: Sequence[dict[str, Any]], evaluated: str, path: Path) -> dict[str, float]:
+    """A policy's accuracy, NFE and reward as it was ``evaluated``; ``path``: where the rows are from."""
+    by_decoding: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if row["name"].startswith(f"{POLICY}(")):
+        by_decoding.setdefault(decoding(row), []).append(row)
+    wanted = ("greedy", "sampled") if evaluated == "best" else (evaluated,)
+    played = [own for name, own in by_decoding.items() if name.startswith(wanted)]
+    if not played:
+        raise ValueError(f"{path} holds no policy({' or '.join(wanted)}), which evaluated={evaluated} asks for")
+    means = []
+    for own in played:
+        column = "reward" if own[0].get("validation_reward") is None else "validation_reward"
+        means.append({**mean_of(own), "won": sum(row[column] for row in own) / len(own)})
+    return max(means, key=lambda row: row["won"])
 
 
 def totals(path: Path, names: Sequence[str]) -> dict[str, float]:
@@ -173,12 +222,15 @@ def as_text(row: OverSeeds) -> dict[str, str]:
         deviation = "" if np.isnan(row.deviation[name]) else f" ± {row.deviation[name]:.{digits}f}"
         return f"{row.mean[name]:.{digits}f}{deviation}"
 
+    def count(name: str, form: str = ",.0f") -> str:
+        return "" if np.isnan(row.mean[name]) else f"{row.mean[name]:{form}}"
+
     return row.label | {
         "seeds": str(row.seeds),
         "accuracy": spread("accuracy", 3),
         "NFE": spread("nfe", 2),
         "mean reward": spread("reward", 3),
-        "episodes": f"{row.mean['episodes']:,.0f}",
-        "forwards": f"{row.mean['row_forwards']:,.0f}",
-        "minutes": f"{row.mean['minutes']:.1f}",
+        "episodes": count("episodes"),
+        "forwards": count("row_forwards"),
+        "minutes": count("minutes", ",.1f"),
     }

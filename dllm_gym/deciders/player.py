@@ -111,6 +111,11 @@ class PolicyDecider:
         """Settings of the environment that the policy needs."""
         return self.policy.requires
 
+    @property
+    def draws(self) -> bool:
+        """Whether it reads the noise."""
+        return not self.greedy
+
     def __call__(self, observation: Mapping[str, Tensor], noise: Tensor) -> Tensor:
         return self._act(observation, noise)[0]
 

@@ -57,12 +57,29 @@ def check_alphas(options: Mapping[str, Any], alpha_range: AlphaRange | None, cou
     return [*values]
 
 
+def check_streams(options: Mapping[str, Any], count: int | None) -> list[int] | None:
+    """``options["streams"]``: one number >= 0 per item of a reset with a queue, ``count`` in all; None: none is given.
+
+    Raises:
+        ValueError: they are something else, or there is no queue.
+    """
+    streams = options.get("streams")
+    if streams is None:
+        return None
+    if count is None:
+        raise ValueError("options['streams'] goes with options['queue']")
+    whole = [s for s in streams if isinstance(s, int | np.integer) and not isinstance(s, bool) and s >= 0]
+    if len(whole) != count or len(streams) != count:
+        raise ValueError(f"options['streams']={streams!r}: need {count} whole numbers >= 0, the lanes' and the queue's")
+    return [int(s) for s in whole]
+
+
 class Dealer:
     """Deals examples to lanes.
 
     Every lane draws from its own generator, seeded with seed + lane, so what it decodes depends on nothing else. When
     examples are chosen at a seeded reset, item i of them (lanes first, then the queue) has the random stream of
-    seed + i, whichever lane takes it.
+    seed + i, whichever lane takes it, or of seed + ``streams[i]``.
 
     Args:
         lanes: number of lanes. count: number of examples in the split. alpha_range: of the environment.
@@ -79,6 +96,7 @@ class Dealer:
         self.generators = [np.random.default_rng() for _ in range(lanes)]
         self.base: int | None = None  # the seed of a reset that has not dealt yet
         self.queue_base = self.item = 0
+        self.streams: Sequence[int] | None = None  # of the items; None: their numbers
         self.items = np.full(lanes, EMPTY)
 
     def seed(self, seed: int | Sequence[int | None] | None, lanes: Iterable[int] | None = None) -> None:
@@ -102,12 +120,14 @@ class Dealer:
 
         Args:
             options: of reset; ``examples`` (one index per lane, EMPTY for none), ``queue`` (indices of further
-                examples: lanes that finish take the next one, and stay empty when none is left) and ``alpha``.
+                examples: lanes that finish take the next one, and stay empty when none is left), ``streams`` (one
+                number >= 0 per item of both) and ``alpha``.
         """
         chosen = self.chosen(options)
         queue = options.get("queue")
         if queue is not None and chosen is None:
             raise ValueError("options['queue'] goes with options['examples']")
+        streams = check_streams(options, None if queue is None else self.lanes + len(queue))
         alphas = check_alphas(options, self.alpha_range, self.lanes + len(queue or ()))
         self.alpha = alphas[0] if isinstance(options.get("alpha"), int | float) else None
         examples = [check_example(e, self.count) for e in queue or ()]
@@ -119,7 +139,9 @@ class Dealer:
         self.items[:] = EMPTY
         if chosen is not None and self.queue is not None:
             self.items = np.where(np.array(chosen) == EMPTY, EMPTY, np.arange(self.lanes))
-        dealt = [draw(generator, self.count) for generator in self.generators]
+        self.streams = streams
+        generators = self.generators if streams is None else map(self._generator, range(self.lanes))
+        dealt = [draw(generator, self.count) for generator in generators]
         return chosen or [example for example, _ in dealt], [key for _, key in dealt], alphas[: self.lanes]
 
     def chosen(self, options: Mapping[str, Any]) -> list[int] | None:
@@ -138,11 +160,15 @@ class Dealer:
         if not self.queue:
             self.items[lane] = EMPTY
             return EMPTY, 0, None
-        _, key = draw(np.random.default_rng(self.queue_base + self.item), self.count)
+        _, key = draw(self._generator(self.item), self.count)
         self.items[lane] = self.item
         self.item += 1
         example, alpha = self.queue.popleft()
         return example, key, alpha
+
+    def _generator(self, item: int) -> np.random.Generator:
+        """Where the random stream of an item of a reset with a queue comes from."""
+        return np.random.default_rng(self.queue_base + (item if self.streams is None else self.streams[item]))
 
     def restart(self, lane: int, options: Mapping[str, Any]) -> tuple[int, int, float | None]:
         """Example, key and alpha for a lane that is reset by itself: those of the options, else the next ones."""

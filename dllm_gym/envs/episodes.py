@@ -45,7 +45,11 @@ class Ended:
 
 
 def _begin(
-    env: DLLMUnmaskVectorEnv, examples: Sequence[int], seed: int, alphas: Sequence[float] | None
+    env: DLLMUnmaskVectorEnv,
+    examples: Sequence[int],
+    seed: int,
+    alphas: Sequence[float] | None,
+    places: Sequence[int] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put an example into every lane and the others into the queue."""
     if env.autoreset_mode is not AutoresetMode.SAME_STEP:
@@ -55,6 +59,8 @@ def _begin(
     options: dict[str, Any] = {"examples": [*examples[:B], *[EMPTY] * idle], "queue": examples[B:]}
     if alphas is not None:  # lanes without an episode have none of their own
         options["alpha"] = [*alphas[:B], *[alphas[0]] * idle, *alphas[B:]]
+    if places is not None:  # those of lanes without an episode are read by nothing
+        options["streams"] = [*places[:B], *[0] * idle, *places[B:]]
     # Item i starts from seed + i: spread the seeds, or item i + 1 of seed 0 would be item i of seed 1.
     return env.reset(seed=int(np.random.default_rng(seed).integers(1 << 62)), options=options)
 
@@ -65,6 +71,7 @@ def play(
     examples: Sequence[int],
     seed: int = 0,
     alphas: Sequence[float] | None = None,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Ended]:
     """Run one episode per entry of ``examples``; gives after every step what it ended.
 
@@ -75,10 +82,11 @@ def play(
         env: resets finished lanes in the same step.
         decide: the action [n, L] of the n lanes that hold an episode.
         examples: indices of the environment's examples. alphas: one each, where there is a range of them.
+        places: which place each is taken to have (None: its own): a part of the examples then goes as in the whole.
     """
     B, L, device = env.num_envs, env.core.L, env.device
-    observation, info = _begin(env, examples, seed, alphas)
-    episodes = torch.arange(len(examples), device=device)
+    observation, info = _begin(env, examples, seed, alphas, places)
+    episodes = torch.arange(len(examples), device=device) if places is None else upload([*places], device)
     streams = fold(torch.full((), seed, dtype=torch.int64, device=device), episodes)  # (E,)
     time = torch.zeros(B, dtype=torch.int64, device=device)
     nothing = np.zeros(0, np.int64)

@@ -56,6 +56,8 @@ class DLLMUnmaskVectorEnv(VectorEnv):
     ``reset(options={"examples": [...]})`` gives every lane an example of the split (-1: none). With ``"queue"`` beside
     it, lanes that finish take the next index from there, the lowest lane first, and stay empty once it is used up: an
     empty lane has no legal position, no reward, no end, and costs no forward. Without a queue lanes draw at random.
+    ``"streams"`` beside a queue gives every item the random stream of a number of one's own in place of its place, so
+    that a part of a set of examples goes as it goes within the whole.
     Where the environment has a range of alphas, ``alpha`` chooses from it: a number for all episodes until the next
     reset, or one per lane followed by one per item of the queue.
 
@@ -118,13 +120,13 @@ class DLLMUnmaskVectorEnv(VectorEnv):
 
         Args:
             seed: lane i's generator starts from seed + i (or from seed[i]).
-            options: ``examples``, ``queue``, ``alpha``, ``reset_mask``: see the class. With ``reset_mask`` a seed,
-                examples and alphas count for the lanes that it names.
+            options: ``examples``, ``queue``, ``streams``, ``alpha``, ``reset_mask``: see the class. With
+                ``reset_mask`` a seed, examples and alphas count for the lanes that it names.
 
         Raises:
             ValueError: an option is wrong. gymnasium.error.ResetNeeded: the first reset leaves lanes out.
         """
-        options = check_options(options, ("examples", "queue", "alpha", "reset_mask"))
+        options = check_options(options, ("examples", "queue", "streams", "alpha", "reset_mask"))
         self._lanes.reset(seed, options)
         self.core.predict()
         return self._deliver(self.core.observe()), self._lanes.items()

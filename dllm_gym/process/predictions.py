@@ -24,7 +24,7 @@ from dllm_gym.noise import fold
 if TYPE_CHECKING:
     from dllm_gym.models.cache import BlockCache
 
-FIRST_BYTES = 1 << 26  # kept of first predictions (64 MiB)
+KEPT_BYTES = 1 << 27  # of predictions that may be asked for again (128 MiB)
 KL_MOST = 100.0  # nats, as the rules know it; exp(-100) is about the smallest probability that float32 holds
 ENTRY_BYTES = 2000  # that keeping one takes besides its numbers, roughly
 
@@ -65,7 +65,8 @@ class Request:
         where: bool [b, L], positions to predict. count: int64 [b], how many they are.
         block: int64 [b], the active block.
         key: int64 [b], random streams for proposals at a temperature.
-        start: per row its tokens (without padding) if nothing of it has been committed yet, else None.
+        row: per row its tokens (without padding) if these alone say what is asked and it may come again, else None: as
+            long as nothing has been committed, or always, where states are revisited.
     """
 
     lanes: np.ndarray
@@ -75,7 +76,7 @@ class Request:
     count: np.ndarray
     block: np.ndarray
     key: Tensor
-    start: Sequence[bytes | None]
+    row: Sequence[bytes | None]
 
     def pick(self, rows: np.ndarray) -> Request:
         """Some of the rows, in the order of their indices ``rows``."""
@@ -84,7 +85,7 @@ class Request:
         on_device = upload(rows, self.tokens.device)
         tensors = {name: getattr(self, name)[on_device] for name in ("tokens", "where", "key")}
         arrays = {name: getattr(self, name)[rows] for name in ("lanes", "length", "count", "block")}
-        return replace(self, **tensors, **arrays, start=[self.start[row] for row in rows])
+        return replace(self, **tensors, **arrays, row=[self.row[i] for i in rows])
 
 
 def positions(where: Tensor, count: int) -> Tensor:
@@ -135,14 +136,14 @@ class Drift:
         self.kl[lanes] = torch.nn.functional.pad(self.kl[lanes][..., :-1], (1, 0))
 
 
-class FirstPredictions:
-    """What was predicted for rows in which nothing has been committed yet: equal ones are forwarded once.
+class KnownPredictions:
+    """What was predicted for rows that may come again: equal ones are forwarded once.
 
     Args:
         tensors: what is predicted per lane and position, [B, L, ...] each.
 
     Attributes:
-        kept: what a row begins with -> its part of every tensor, [L, ...] each; the latest last.
+        kept: the tokens of a row -> its part of every tensor, [L, ...] each; the latest last.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
@@ -150,41 +151,41 @@ class FirstPredictions:
         self.kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self.device = tensors[0].device
 
-    def recall(self, starts: Sequence[bytes | None], lanes: np.ndarray) -> dict[int, int | None]:
+    def recall(self, known_by: Sequence[bytes | None], lanes: np.ndarray) -> dict[int, int | None]:
         """Rows that need no forward: to which other row each is equal, None if it is known already.
 
         Args:
-            starts: per row what tells it from others; None if something has been committed.
+            known_by: per row its tokens; None if it need not be looked for.
             lanes: int64 [b], where rows that are known are written to.
         """
         twins: dict[int, int | None] = {}
         met: dict[bytes, int] = {}
         known: list[tuple[int, list[Tensor]]] = []
-        for i, start in enumerate(starts):
-            if start is None:
+        for i, row in enumerate(known_by):
+            if row is None:
                 continue
-            if start in self.kept:
-                self.kept.move_to_end(start)
-                known.append((int(lanes[i]), self.kept[start]))
+            if row in self.kept:
+                self.kept.move_to_end(row)
+                known.append((int(lanes[i]), self.kept[row]))
                 twins[i] = None
-            elif start in met:
-                twins[i] = met[start]
+            elif row in met:
+                twins[i] = met[row]
             else:
-                met[start] = i
+                met[row] = i
         if known:
             to = upload([lane for lane, _ in known], self.device)
             for number, tensor in enumerate(self.tensors):
                 tensor[to] = torch.stack([stored[number] for _, stored in known])
         return twins
 
-    def remember(self, starts: Sequence[bytes | None], lanes: np.ndarray) -> None:
-        """Keep the first predictions among these for later rows that begin the same way."""
-        new = [(start, int(lane)) for start, lane in zip(starts, lanes, strict=True) if start is not None]
+    def remember(self, known_by: Sequence[bytes | None], lanes: np.ndarray) -> None:
+        """Keep the predictions among these that may be asked for again."""
+        new = [(row, int(lane)) for row, lane in zip(known_by, lanes, strict=True) if row is not None]
         if not new:
             return
-        most = max(1, FIRST_BYTES // (ENTRY_BYTES + sum(tensor[0].nbytes for tensor in self.tensors)))
-        for start, lane in new[-most:]:
-            self.kept[start] = [tensor[lane].clone() for tensor in self.tensors]
+        most = max(1, KEPT_BYTES // (ENTRY_BYTES + sum(tensor[0].nbytes for tensor in self.tensors)))
+        for row, lane in new[-most:]:
+            self.kept[row] = [tensor[lane].clone() for tensor in self.tensors]
         while len(self.kept) > most:
             self.kept.popitem(last=False)
 
@@ -240,7 +241,7 @@ class Predictions:
         self.block_input = torch.zeros(shape, device=device) if block_input else None
         self.drift = Drift(lanes, length, dllm.vocab_size, history, device) if history else None
         self.work = Work()
-        self.first = FirstPredictions(self.tensors())
+        self.known = KnownPredictions(self.tensors())
         self.batching = Batching.on(device)
 
     def tensors(self) -> list[Tensor]:
@@ -275,14 +276,14 @@ class Predictions:
             return
         # Distributions are not kept for later, and at a temperature every row draws proposals of its own.
         repeatable = self.drift is None and self.sampling.temperature == 0
-        twins = self.first.recall(rows.start, rows.lanes) if repeatable else {}
+        twins = self.known.recall(rows.row, rows.lanes) if repeatable else {}
         self.work.reused += len(twins)
         needed = rows.pick(np.array([i for i in range(len(rows.lanes)) if i not in twins], np.int64))
         for batch in self.batching.split(needed.length):
             self._forward(needed.pick(batch))
         if repeatable:
-            self.first.remember(needed.start, needed.lanes)
-            self.first.copy({int(rows.lanes[i]): int(rows.lanes[j]) for i, j in twins.items() if j is not None})
+            self.known.remember(needed.row, needed.lanes)
+            self.known.copy({int(rows.lanes[i]): int(rows.lanes[j]) for i, j in twins.items() if j is not None})
 
     # ---- one forward ----
 

@@ -90,6 +90,10 @@ class Start:
         """int64 [P + L]"""
         return np.concatenate([self.prompt, self.completion])
 
+    def with_completion(self, completion: np.ndarray) -> bytes:
+        """The row's tokens as int32, with another completion int64 [L] in place of its own."""
+        return np.concatenate([self.prompt, completion]).astype(np.int32).tobytes()
+
 
 class Starts:
     """The examples of a split, as episodes begin with them.

@@ -29,6 +29,8 @@ class State:
         steps: int64 [B], steps of the running episode (its NFE). key: int64 [B], its random stream.
         fresh: bool [B, L], committed by the last step. certainty: float32 [B, L], the largest probability where an
             action committed a proposal, when it did, 0 elsewhere; None where nobody asks for it.
+        completion: int64 [B, L], the completions as the host knows them.
+        revisits: states are expected to come again, in other episodes: evaluations, where many decide alike.
         running: bool [B], the episode goes on. stale: bool [B], tokens changed since they were predicted.
         blanks: int64 [B], how many positions were masked at the start; masked: how many still are; unmaskable: how
             many of them in the active block; first_mask: the position of the first one in a block that is not over.
@@ -41,6 +43,8 @@ class State:
         self.tokens = torch.full((lanes, length), dllm.eos_id, device=device)  # no mask: every lane starts empty
         self.starts = [Start.of([], [dllm.eos_id] * length, dllm.mask_id)] * lanes
         self.example = np.full(lanes, EMPTY)
+        self.completion = np.full((lanes, length), dllm.eos_id)
+        self.revisits = False
         self.running, self.stale = np.zeros((2, lanes), bool)
         self.whole = np.ones(lanes, bool)
         self.blanks, self.masked, self.unmaskable, self.first_mask = np.zeros((4, lanes), np.int64)
@@ -84,6 +88,7 @@ class State:
         self.example[lanes] = examples
         self.running[lanes] = self.stale[lanes] = examples != EMPTY
         self.whole[lanes] = True
+        self.completion[lanes] = [start.completion for start in starts]
         masked = np.stack([start.blanks for start in starts])  # (n, L)
         first = masked.argmax(1)
         block = self.blocks.of(np.array([len(start.prompt) for start in starts]), self.L)  # (n, L)
@@ -113,7 +118,7 @@ class State:
         where, count = (mask, self.masked) if lookahead else (self.active.legal(mask, index), self.unmaskable)
         if committed:
             where, count = where | ~mask, count + self.L - self.masked
-        untouched = (self.masked == self.blanks) & self.whole
+        told = self.whole | lookahead if self.revisits else (self.masked == self.blanks) & self.whole
         prompt = np.array([len(self.starts[lane].prompt) for lane in lanes])
         return Request(
             lanes=lanes,
@@ -123,7 +128,7 @@ class State:
             count=count[lanes],
             block=(self.blocks.before(prompt) + np.minimum(self.first_mask[lanes], self.L - 1)) // self.block_length,
             key=fold(self.key[index], self.steps[index]),
-            start=[self.starts[lane].row.astype(np.int32).tobytes() if untouched[lane] else None for lane in lanes],
+            row=[self.starts[lane].with_completion(self.completion[lane]) if told[lane] else None for lane in lanes],
         )
 
     def move(self, action: Tensor, said: Predictions, stop_at_eos: bool) -> dict[str, np.ndarray]:
@@ -147,6 +152,7 @@ class State:
         masked = completion == self.dllm.mask_id
         left = self.active.step(active, masked, running[:, 0])
         unmaskable = self.active.legal(masked)
+        first = torch.where(masked, self.position, self.L).amin(1)
         host = download(
             completion=completion,
             changed=chosen.any(1),
@@ -154,16 +160,19 @@ class State:
             unmaskable=unmaskable.sum(1),
             first_mask=torch.where(unmaskable, self.position, self.L).amin(1),
             left=left,
-            complete=self._complete(completion, torch.where(masked, self.position, self.L).amin(1), stop_at_eos),
+            complete=completed(completion, first, self.stop_ids if stop_at_eos else None),
             steps=self.steps,
         )
+        self.completion = host["completion"]
         self.masked, self.unmaskable, self.first_mask = host["masked"], host["unmaskable"], host["first_mask"]
         self.whole &= host["left"] == 0
         return host
 
-    def _complete(self, completion: Tensor, first_mask: Tensor, stop_at_eos: bool) -> Tensor:
-        """bool [B]: nothing is masked, or (``stop_at_eos``) nothing before a token that ends the text."""
-        if not stop_at_eos:
-            return first_mask == self.L
-        stops = torch.isin(completion, self.stop_ids)
-        return first_mask > torch.where(stops, self.position, self.L - 1).amin(1)
+
+def completed(completion: Tensor, first_mask: Tensor, stop_ids: Tensor | None) -> Tensor:
+    """bool [B]: nothing of [B, L] is masked, or (with ``stop_ids``) nothing before a token that ends the text."""
+    length = completion.shape[1]
+    if stop_ids is None:
+        return first_mask == length
+    stops = torch.isin(completion, stop_ids)
+    return first_mask > torch.where(stops, torch.arange(length, device=stops.device), length - 1).amin(1)

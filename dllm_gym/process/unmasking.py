@@ -75,11 +75,12 @@ class Unmasking(State):
     Attributes:
         examples: those of the split that are in use; ``dropped`` of them had too long a prompt.
         completions: the text of every lane's last finished episode. outcome: of the last step that was settled.
-        sizes: L, K, H and d, which the shapes of the observation's entries are made of.
+        config: as given. sizes: L, K, H and d, which the shapes of the observation's entries are made of.
     """
 
     def __init__(self, num_lanes: int, config: EnvConfig):
         B = whole("num_envs", num_lanes, most=MOST_LANES)
+        self.config = config
         self.pay = Pay(config.reward, config.alpha)
         self.alpha_range: AlphaRange | None = self.pay.range
         self.stop_at_eos, self.lookahead = config.stop_at_eos, config.lookahead

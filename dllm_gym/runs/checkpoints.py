@@ -102,7 +102,7 @@ class Checkpoints:
         return (checkpoint for checkpoint in reversed(self.all()) if checkpoint.is_whole())
 
     def get(self, which: str = "last") -> Checkpoint:
-        """The checkpoint ``last``, ``best`` or of that number of rounds.
+        """The checkpoint ``first``, ``last``, ``best`` or of that number of rounds.
 
         Raises:
             ValueError: there is none such, or it is damaged; offers another one.
@@ -112,10 +112,11 @@ class Checkpoints:
             raise ValueError(f"{str(self.run)!r} holds no checkpoint: give a run folder of scripts/train.py")
         if which == "best":
             return self.best()
-        found = every[-1:] if which == "last" else [c for c in every if which == str(c.number)]
+        ends = {"first": every[:1], "last": every[-1:]}
+        found = ends[which] if which in ends else [c for c in every if which == str(c.number)]
         if not found:
             raise ValueError(
-                f"{self.run}@{which}: there is no such checkpoint, but last, best and "
+                f"{self.run}@{which}: there is no such checkpoint, but first, last, best and "
                 f"{', '.join(str(c.number) for c in every if c.number >= 0) or 'no number'}"
             )
         self._check(found[-1])
@@ -209,7 +210,7 @@ class Checkpoints:
 
 
 def find_checkpoint(name: str) -> Checkpoint | None:
-    """The checkpoint that ``RUN@last``, ``RUN@best``, ``RUN@<rounds>`` or its own folder names.
+    """The checkpoint that ``RUN@first``, ``RUN@last``, ``RUN@best``, ``RUN@<rounds>`` or its own folder names.
 
     None if ``name`` is none of these: a run folder, that is.
 

@@ -86,3 +86,32 @@ def test_wrong_input_is_named(tmp_path):
         table(tmp_path)
     with pytest.raises(ValueError, match="evaluated='both'"):
         table(tmp_path, "both")
+
+
+HEATS = [("greedy", ""), ("sampled, temperature=1", "")]
+HEATS += [("sampled, temperature=2", f", alpha={alpha}") for alpha in (1, 2)]
+
+
+def write_evaluation(folder, overrides, names, **config):
+    """A finished evaluation: the further behind a name stands, the better it is."""
+    write_run(folder, overrides, **config)
+    (folder / "metrics.csv").unlink()
+    rows = [
+        {"name": name, "family": name.partition("(")[0], "accuracy": i / 10, "nfe": 4.0, "reward": i / 10}
+        for i, name in enumerate(names, 1)
+    ]
+    (folder / "results.json").write_text(json.dumps(rows))
+
+
+def test_evaluations_stand_beside_runs_with_their_policies_and_their_best_rule(tmp_path):
+    write_run(tmp_path / "a", ["agent=grpo"], 0, 0.4, agent={"name": "grpo"})
+    names = [f"policy({how}, run={run}{more})" for run in ("x@1", "x@2") for how, more in HEATS]
+    write_evaluation(tmp_path / "b", ["checkpoint=[x@1,x@2]"], ["top_k(1)", *names, "top_k(2)", "eb(1)"])
+    rows = {row.label.get("decider"): row for row in table(tmp_path)}
+    assert [*rows] == ["eb(1)", "policy(x@2)", "policy(x@1)", ""]  # more reward first
+    assert rows["policy(x@1)"].mean["accuracy"] == pytest.approx((0.4 + 0.5) / 2)  # at temperature 2, over both alphas
+    assert table(tmp_path, "greedy")[-1].mean["reward"] == pytest.approx(0.2)
+    assert as_text(rows["eb(1)"])["minutes"] == "" and as_text(rows[""])["minutes"] == "1.0"
+    (tmp_path / "b" / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="no list of rows"):
+        table(tmp_path)

@@ -96,4 +96,5 @@ def test_a_summary_averages_over_examples_and_seeds(tmp_path):
     assert made["accuracy"] == 0.75 and made["nfe"] == 4.0 and made["family"] == "top_k"
     assert made["accuracy_low"] == 0.5 and made["accuracy_high"] == 1.0 and (made["examples"], made["seeds"]) == (2, 2)
     save_report([made, {**made, "name": "policy(greedy)", "family": "policy"}], tmp_path, "title")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "results.csv", "results.json", "results.png"]
+    names = ["manifest.json", "results.csv", "results.json", "results.md", "results.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names

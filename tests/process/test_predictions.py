@@ -103,7 +103,7 @@ def test_a_prompt_is_forwarded_once_however_often_it_begins(settings):
     assert env.core.work.reused == 11 and env.core.work.lengths[env.core.work.lengths.most_common()[0][0]] > 0
     again = evaluate(env, published_policy(), [3] * 12, seed=1)
     assert env.core.work.reused == 11 + 12 and again.row_forwards == first.row_forwards - 1
-    fresh.core.predictions.first.recall = lambda starts, lanes: {}  # every row is forwarded
+    fresh.core.predictions.known.recall = lambda known_by, lanes: {}  # every row is forwarded
     plain = evaluate(fresh, published_policy(), [3] * 12, seed=1)
     assert outcome(plain) == outcome(first) == outcome(again)
     assert plain.row_forwards == first.row_forwards + 11
@@ -128,14 +128,14 @@ def test_rows_that_are_not_alike_are_not_shared(settings):
 
 
 def test_first_predictions_do_not_grow_without_bound(monkeypatch):
-    monkeypatch.setattr(predictions, "FIRST_BYTES", 9000)  # one takes 20 * (8 + 4) and 2,000
+    monkeypatch.setattr(predictions, "KEPT_BYTES", 9000)  # one takes 20 * (8 + 4) and 2,000
     env = envs(8)
     evaluate(env, TopK(20), range(30))
-    assert len(env.core.predictions.first.kept) == 4
+    assert len(env.core.predictions.known.kept) == 4
     assert env.core.work.rows == 30
     evaluate(env, TopK(20), [29, 28, 0])
     assert env.core.work.rows == 31  # the oldest was forgotten, the latest were not
-    kept = [tensor for entry in env.core.predictions.first.kept.values() for tensor in entry]
+    kept = [tensor for entry in env.core.predictions.known.kept.values() for tensor in entry]
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == 4 * 20 * (8 + 4)  # not the batch they came from
 
 

@@ -13,6 +13,7 @@ from test_families import FAMILIES
 from toys import Sums, act
 
 from agents.evaluation import play
+from agents.generations import Lab
 from agents.rollout import evaluate, play_groups
 from dllm_gym.deciders.distributions import ZeroTruncatedBernoulli
 from dllm_gym.deciders.networks import DiTConfidence
@@ -370,7 +371,7 @@ def test_groups_and_experts_play_templates():
 
 def test_an_evaluation_pays_blanks_at_every_alpha():
     env = envs(4, alpha=[0.5, 4.0])
-    played = play(env, {"top": TopK(1)}, range(10), [0])["top"]
+    played = play(Lab(env), {"top": TopK(1)}, range(10), [0])["top"]
     results = played.results[0]
     blanks = torch.tensor([int(env.core.source[i].blanks.sum()) for i in range(10)])
     assert torch.equal(results.nfe, blanks)

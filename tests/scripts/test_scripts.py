@@ -31,6 +31,7 @@ SMALL = [
     "evaluation.examples=8",
     "heuristics=none",
     "reward.alpha=2.5",
+    "evaluation.within=null",
     "threads=1",
 ]
 
@@ -101,6 +102,51 @@ def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path
     call("evaluate", tmp_path / "b", f"checkpoint={trained}", *settings[:3], "env.temperature=0.5", "reward.alpha=3")
     used = (tmp_path / "b" / "config.yaml").read_text()
     assert "temperature: 0.5" in used and "alpha: 3" in used and "max_givens: 8" in used  # the rest of the group stays
+
+
+def test_several_checkpoints_are_evaluated_together_and_gone_on_with_to_the_byte(trained, tmp_path):
+    settings = [
+        f"checkpoint=[{trained}@first,{trained}@last]",
+        "temperature=[0.5,1]",
+        "evaluation.examples=8",
+        "evaluation.seeds=[42,43]",
+        "evaluation.baseline='threshold(0.9)'",
+        "evaluation.reward_alpha=3",
+        "heuristics=threshold",
+        "threads=1",
+    ]
+    names = ("results.csv", "results.json", "results.md", "fronts.json")
+    call("evaluate", tmp_path / "a", *settings, "evaluation.num_envs=5")
+    rows = json.loads((tmp_path / "a" / "results.json").read_text())
+    decodings = ("greedy", "sampled, temperature=0.5", "sampled, temperature=1")
+    first, last = ([f"policy({how}, run=train@{end})" for how in decodings] for end in ("first", "last"))
+    assert [row["name"] for row in rows][:6] == [*first, *last]
+    assert {row["alpha"] for row in rows} == {3} and all(0 < row["p_value"] <= 1 for row in rows[:6])
+    assert [row["chosen"] for row in rows[:3]].count(True) == [row["chosen"] for row in rows[3:6]].count(True) == 1
+    file = tmp_path / "a" / "generations.jsonl"
+    whole = {name: (tmp_path / "a" / name).read_bytes() for name in names}
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[::2]) + b'{"key": "half a li')
+    call("evaluate", tmp_path / "a", *settings, "evaluation.num_envs=3")
+    assert {name: (tmp_path / "a" / name).read_bytes() for name in names} == whole
+    assert len(file.read_bytes().splitlines()) == len(lines)
+    before = file.read_bytes()
+    call("evaluate", tmp_path / "a", *settings[:-2], "heuristics=none", "evaluation.baseline=null")
+    assert file.read_bytes() == before  # all is known
+    with pytest.raises(ValueError, match="another reward than .*reward.NAME"):
+        call("evaluate", tmp_path / "c", f"checkpoint=[{trained},{another_reward(trained, tmp_path)}]", *settings[1:])
+    call("compare", tmp_path, f"runs=[{tmp_path / 'a'},{trained}]", f"table={tmp_path / 'both.md'}")
+    table = (tmp_path / "both.md").read_text()
+    assert all(f"policy(train@{end})" in table for end in ("first", "last")) and table.count("\n") == 5
+
+
+def another_reward(run: Path, folder: Path) -> Path:
+    """A copy of a run that was paid otherwise."""
+    shutil.copytree(run, folder / "other")
+    as_an_earlier_version_left_it(folder / "other")
+    config = folder / "other" / "config.yaml"
+    config.write_text(config.read_text().replace("alpha: 2.5", "alpha: 2.25"))
+    return folder / "other"
 
 
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):

@@ -269,6 +269,10 @@ evaluate checkpoint=nowhere                              | checkpoint='nowhere'
 evaluate checkpoint=7                                    | checkpoint
 evaluate temperature=1                                   | temperature
 evaluate heuristics=none                                 | checkpoint=null
+evaluate checkpoint=[]                                   | checkpoint=[]: need a list with at least one entry
+evaluate generations=7                                   | generations
+evaluate evaluation.reward_alpha=-1                      | evaluation.reward_alpha=-1
+evaluate evaluation.baseline=nobody                      | evaluation.baseline='nobody' is none of threshold(0.3)
 evaluate reward.alpha=[0.3,10]                           | reward.alpha=[0.3, 10]
 evaluate evaluation.alphas=[1]                           | evaluation.alphas=[1]
 evaluate evaluation.seeds=[1,1]                          | 1 is there twice

@@ -55,6 +55,11 @@ def steps_so_far(observation: Observation, length: int) -> Tensor:
     return (observation["time"] * length).round().long()
 
 
+def draws(decider: Any) -> bool:
+    """Whether a decider may read the noise: unless its own class says ``draws = False``, which is not inherited."""
+    return bool(decider.draws) if "draws" in vars(type(decider)) else True
+
+
 class Rule:
     """Base of the rules: a subclass says what it chooses among the legal positions.
 

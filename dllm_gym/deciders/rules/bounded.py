@@ -19,6 +19,7 @@ class Threshold(Rule):
     """
 
     label = "threshold"
+    draws = False
 
     def __init__(self, threshold: float = 0.9):
         number("threshold", threshold, least=0, most=1)
@@ -44,6 +45,7 @@ class Factor(Rule):
     """
 
     label = "factor"
+    draws = False
 
     def __init__(self, factor: float = 1.0):
         self.factor = number("factor", factor, above=0)
@@ -72,6 +74,7 @@ class EntropyBounded(Rule):
     """
 
     label = "eb"
+    draws = False
 
     def __init__(self, gamma: float = 0.1):
         self.gamma = number("gamma", gamma, least=0)
@@ -106,6 +109,7 @@ class Klass(Rule):
     """
 
     label = "klass"
+    draws = False
 
     def __init__(self, confidence: float = 0.9, kl: float = 0.01, history: int = 2):
         number("confidence", confidence, least=0, most=1)
@@ -143,6 +147,7 @@ class Joint(Rule):
     """
 
     label = "joint"
+    draws = False
 
     def __init__(self, p: float = 0.5):
         self.p = number("p", p, least=0, most=1)
@@ -170,6 +175,7 @@ class JointButOne(Joint):
     """
 
     label = "joint_but_one"
+    draws = False
 
     def joint(self, confidence: Tensor, legal: Tensor) -> Tensor:
         return joint_confidence(confidence, legal)
@@ -183,6 +189,7 @@ class EntropyThreshold(Rule):
     """
 
     label = "entropy_threshold"
+    draws = False
 
     def __init__(self, entropy: float = 0.5):
         self.entropy = number("entropy", entropy, least=0)
@@ -209,6 +216,7 @@ class MarginThreshold(Rule):
     """
 
     label = "margin_threshold"
+    draws = False
 
     def __init__(self, margin: float = 0.5):
         self.margin = number("margin", margin, least=0, most=1)
@@ -236,6 +244,7 @@ class Saber(Rule):
     """
 
     label = "saber"
+    draws = False
 
     def __init__(self, n: int = 2):
         self.n = whole("n", n)

@@ -50,6 +50,7 @@ class LeftToRight(PerStep):
     """The ``k`` leftmost legal positions: what an autoregressive model would do."""
 
     label = "left_to_right"
+    draws = False
 
     def score(self, observation: Observation, noise: Tensor) -> Tensor:
         return torch.zeros_like(noise)  # all equal: the leftmost win
@@ -59,6 +60,7 @@ class TopK(PerStep):
     """The ``k`` most confident legal positions (low-confidence remasking of LLaDA; UPO's max-confidence at k = 1)."""
 
     label = "top_k"
+    draws = False
 
     def score(self, observation: Observation, noise: Tensor) -> Tensor:
         return observation["confidence"][..., 0]
@@ -68,6 +70,7 @@ class Margin(PerStep):
     """The ``k`` legal positions with the largest lead of the best token over the second best (UPO)."""
 
     label = "margin"
+    draws = False
 
     @property
     def requires(self) -> dict[str, int]:
@@ -81,6 +84,7 @@ class NegativeEntropy(PerStep):
     """The ``k`` legal positions at which the dLLM's distribution has the lowest entropy."""
 
     label = "entropy"
+    draws = False
 
     @property
     def requires(self) -> dict[str, int]:
@@ -94,6 +98,7 @@ class LeastConfident(PerStep):
     """The ``k`` least confident legal positions: the control that any "free choices first" has to beat."""
 
     label = "least_confident"
+    draws = False
 
     def score(self, observation: Observation, noise: Tensor) -> Tensor:
         return -observation["confidence"][..., 0]
@@ -112,6 +117,7 @@ class CertaintyPrior(PerStep):
     """
 
     label = "certainty_prior"
+    draws = False
 
     def __init__(self, sigma: float = 10.0, k: int = 1):
         super().__init__(k)
@@ -142,6 +148,7 @@ class Growing(Rule):
     """
 
     label = "growing"
+    draws = False
 
     def __init__(self, factor: float = 2.0):
         self.factor = number("factor", factor, least=1)
@@ -168,6 +175,7 @@ class Fixed(Rule):
     """
 
     label = "fixed"
+    draws = False
 
     def __init__(self, steps: Sequence[int]):
         if isinstance(steps, str) or not isinstance(steps, Sequence) or not len(steps):

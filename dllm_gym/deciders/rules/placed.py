@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm_gym.checks import number, whole
-from dllm_gym.deciders.rules.base import Observation, Rule, best_first, first_k, or_else_one
+from dllm_gym.deciders.rules.base import Observation, Rule, best_first, draws, first_k, or_else_one
 
 
 class Blockwise(Rule):
@@ -30,6 +30,10 @@ class Blockwise(Rule):
     def requires(self) -> dict[str, int]:
         return self.rule.requires
 
+    @property
+    def draws(self) -> bool:
+        return draws(self.rule)
+
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         length = legal.shape[-1]
         block = torch.arange(length, device=legal.device) // self.block_length  # (L,)
@@ -52,6 +56,7 @@ class Hierarchical(Rule):
     """
 
     label = "hier"
+    draws = False
 
     def __init__(self, high: float = 0.9, low: float = 0.4):
         self.high = number("high", high, least=0, most=1)
@@ -87,6 +92,7 @@ class LocalLeap(Rule):
     """
 
     label = "local_leap"
+    draws = False
 
     def __init__(self, anchor: float = 0.9, radius: int = 4, relaxed: float = 0.75):
         self.anchor = number("anchor", anchor, least=0, most=1)
@@ -126,6 +132,10 @@ class Spaced(Rule):
     @property
     def requires(self) -> dict[str, int]:
         return self.rule.requires
+
+    @property
+    def draws(self) -> bool:
+        return draws(self.rule)
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         picked = (self.rule(observation, noise) != 0) & legal
