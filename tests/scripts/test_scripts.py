@@ -368,7 +368,7 @@ def test_a_policy_is_evaluated_greedily_sampled_or_both(greedy, tmp_path):
 
 def test_sweeps_over_agents_make_one_table(tmp_path):
     settings = [setting for setting in SMALL if not setting.startswith("reward")]
-    sweep = ["-m", *settings, "agent=grpo,upo", "reward.alpha=0", "seed=0,1", "rounds=1"]
+    sweep = ["-m", *settings, "agent=grpo,upo", "reward.alpha=0", "seed=0,1", "rounds=1", "evaluation.greedy=false"]
     run("train.py", *sweep, f"hydra.sweep.dir={tmp_path}")
     assert len(list(tmp_path.rglob("results.json"))) == 4
     table = tmp_path / "table.csv"
