@@ -345,7 +345,7 @@ def test_checkpoints_are_found_by_number_best_and_last(copy, tmp_path):
     for name, number in ((f"{copy}@2", 2), (f"{copy}@last", 3), (copy / "checkpoints" / "1", 1)):
         assert find_checkpoint(str(name)).number == number
     assert find_checkpoint(str(copy)) is None
-    with pytest.raises(ValueError, match="@7: there is no such checkpoint, but last, best and 1, 2, 3"):
+    with pytest.raises(ValueError, match="@7: there is no such checkpoint, but first, last, best and 1, 2, 3"):
         find_checkpoint(f"{copy}@7")
     with pytest.raises(ValueError, match=f"{copy}@3 is later"):
         call("train", copy, f"resume={copy}@2")
