@@ -22,6 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import open_dict
 
+from dllm_gym.models import load_dllm
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "experiment=smoke",
@@ -257,7 +259,7 @@ def test_benchmark_counts_what_it_says(tmp_path):
         (["agent=gpro"], "agent/gpro"),
         (["distribution=poisson"], "distribution/poisson"),
         (["model.model=nothing"], "model='nothing'"),
-        (["env.block_length=7"], "block_length=7 does not divide gen_length=20"),
+        (["env.block_length=7"], "block_length=7 does not divide gen_length=32"),
         (["reward.alpha=-1"], "alpha=-1"),
         (["evaluation.examples=100000"], "evaluation.examples=100000"),
         (["resume=nowhere"], "resume='nowhere'"),
@@ -287,7 +289,7 @@ def test_bad_input_is_named_before_any_work(overrides, message, tmp_path):
 
 def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
     done = run("train.py", "env.block_length=7", f"hydra.run.dir={tmp_path / 'run'}", check=False)
-    assert done.returncode == 2 and "block_length=7 does not divide gen_length=20" in done.stderr
+    assert done.returncode == 2 and "block_length=7 does not divide gen_length=32" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -303,7 +305,9 @@ def test_every_root_config_composes():
         compose_config(name)
 
 
-@pytest.mark.parametrize("group", [p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "experiment"])
+@pytest.mark.parametrize(
+    "group", [p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name not in ("experiment", "dllm")]
+)
 def test_every_choice_of_every_group_composes_and_instantiates(group, tmp_path):
     agents = {"expert": ["agent=imitation"], "reference": ["agent=upo"]}  # who has these groups
     for choice in sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")):
@@ -311,6 +315,14 @@ def test_every_choice_of_every_group_composes_and_instantiates(group, tmp_path):
         if group in ("task", "distribution", "heuristics", "agent", "expert", "reference"):
             hydra.utils.instantiate(cfg[group])
         assert cfg[group] is not None or group == "logger"
+
+
+def test_every_dllm_that_ships_says_how_it_was_made():
+    for choice in sorted(path.stem for path in (ROOT / "conf" / "dllm").glob("*.yaml")):
+        cfg = compose_config("pretrain_tiny", f"dllm={choice}")
+        (lesson,) = cfg.lessons
+        task = hydra.utils.instantiate(lesson.task)
+        assert cfg.save_to.endswith(f"/{task.dllm}") and load_dllm(task.dllm).hidden_size == cfg.architecture.d_model
 
 
 UPO = [  # the published run, with less of everything

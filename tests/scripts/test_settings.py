@@ -353,7 +353,7 @@ reproduce tasks=[chess]                                  | tasks='chess'
 reproduce tasks=[gsm8k]                                  | worlds.gsm8k
 reproduce envs=[half]                                    | envs='half'
 reproduce alphas=[1,1]                                   | there twice
-reproduce alphas=[]                                      | alphas=[]
+reproduce alphas=[] training.conditioned=null            | alphas=[]
 reproduce alphas=[x]                                     | alphas[0]='x'
 reproduce alphas=[-1]                                    | alphas=-1
 reproduce knob=[0]                                       | knob=0
