@@ -20,7 +20,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from dllm_gym.models import load_dllm
 
@@ -322,7 +322,8 @@ def test_every_dllm_that_ships_says_how_it_was_made():
         cfg = compose_config("pretrain_tiny", f"dllm={choice}")
         (lesson,) = cfg.lessons
         task = hydra.utils.instantiate(lesson.task)
-        assert cfg.save_to.endswith(f"/{task.dllm}") and load_dllm(task.dllm).hidden_size == cfg.architecture.d_model
+        name = OmegaConf.to_container(cfg, resolve=False)["save_to"].rpartition("/")[2]
+        assert name == task.dllm and load_dllm(task.dllm).hidden_size == cfg.architecture.d_model
 
 
 UPO = [  # the published run, with less of everything
