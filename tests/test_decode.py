@@ -360,3 +360,13 @@ def test_a_manner_is_itself_again():
     one = manner(alpha=[0.3, 10.0], recipe="python scripts/train.py")
     assert Manner.of(json.loads(json.dumps(one.as_dict()))) == one
     assert make_task(one.task).name == "arithmetic" and replace(one, greedy=False) != one
+
+
+@pytest.mark.parametrize(("name", "task"), [("equations-all-speeds", "equations"), ("one-way-all-speeds", "one_way")])
+def test_the_policies_that_ship_play_their_world_at_all_speeds(name, task):
+    world = make_task(task)
+    examples = list(world.examples("validation").select(range(64)))
+    given = [Prompt("", given=world.template(example)) for example in examples]
+    slow, fast = (Decoder(policy=name, alpha=alpha)(given) for alpha in (0.1, 10))
+    right = sum(world.grade(e, r.text) for e, r in zip(examples, slow, strict=True)) / 64
+    assert right > 0.8 and sum(r.nfe for r in fast) < sum(r.nfe for r in slow) < 64 * 6
