@@ -10,10 +10,9 @@ from typing import Any
 import gymnasium as gym
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from run_folder import RunFolder
-from settings import check_groups, chosen_names, refuse_chosen
+from settings import check_groups, chosen_names
 from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
@@ -46,7 +45,8 @@ MODELS_OWN: dict[str, Callable[[DLLM], Any]] = {  # of a policy: the dLLM's own 
     "vocab_size": lambda dllm: dllm.vocab_size,
     "own_block": own_block,
 }
-FILLED_IN = (*MODELS_OWN, "preference", "model")  # settings that follow from others where they are null
+HASTE = 3.0  # of haste: null: between the ends of the preference a threshold falls from 0.5 to 0.05
+FILLED_IN = (*MODELS_OWN, "preference", "haste", "model")  # settings that follow from others where they are null
 DECODINGS = {None: ("greedy", "sampled"), True: ("greedy",), False: ("sampled",)}  # of a policy, by evaluation.greedy
 SAMPLE = 200  # examples whose answers are measured
 
@@ -81,16 +81,13 @@ def make_dllm(cfg: DictConfig, device: torch.device, task: Task | None = None) -
 def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
     """The policy network of a configuration; what is null of ``MODELS_OWN`` (in a reference, too) is the dLLM's own.
 
-    With ``preference: null`` it reads the preference if the reward has a range of alphas.
+    With ``preference: null`` it reads the preference if the reward has a range of alphas, with ``haste: null`` that
+    preference moves its speed from the start.
     """
     if "preference" in cfg.policy and cfg.policy.preference is None:
         cfg.policy.preference = AlphaRange.of(cfg.reward.alpha) is not None
-        if not cfg.policy.preference and cfg.policy.haste:
-            if HydraConfig.initialized():
-                refuse_chosen(
-                    ["policy.haste"], f"it weighs the preference, and reward.alpha={cfg.reward.alpha} is no range"
-                )
-            cfg.policy.haste = 0.0  # that of policy=all_speeds
+    if "haste" in cfg.policy and cfg.policy.haste is None:
+        cfg.policy.haste = HASTE if cfg.policy.preference else 0.0
     for part in (cfg.policy, cfg.get("reference") or {}):
         for size, own in MODELS_OWN.items():
             if size in part and part[size] is None:

@@ -24,6 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from agents.fronts import envelope, reached
 from dllm_gym.decode import SETTINGS
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.entries import ENTRIES
@@ -203,7 +204,8 @@ def test_the_readme_is_short_and_its_figures_are_those_of_the_main_job():
     assert len(text.splitlines()) <= 150
     with (ROOT / "docs" / "main_job_results.csv").open() as file:
         results = {row["name"]: row for row in csv.DictReader(file)}
-    names = {"learned policy, greedy": "policy(greedy)", "learned policy, sampled": "policy(sampled)"}
+    policies = [name for name in results if name.startswith("policy(")]
+    names = {f"learned policy, {name.partition(', ')[2].rstrip(')').replace('=', ' ')}": name for name in policies}
     names |= {"most confident first, one at a time": "top_k(1)"}
     rows = re.findall(r"^\| ([^|]+) \| (\d[\d.]*) \| (\d[\d.]*) \| (\d[\d.]*) \|$", text, re.MULTILINE)
     assert len(rows) == 11
@@ -214,8 +216,9 @@ def test_the_readme_is_short_and_its_figures_are_those_of_the_main_job():
             [float(exact[name]) for name in ("accuracy", "nfe", "reward")], abs=0.0051
         ), told
         assert "chosen" not in told or exact["chosen"] == "True"
-    policy, rule = results["policy(greedy)"], results["joint_but_one(0.6)"]
-    shares = [f"{100 * float(row['accuracy']):.0f} %" for row in (policy, rule)]
+    points = [{**row, **{name: float(row[name]) for name in ("accuracy", "nfe")}} for row in results.values()]
+    policy = next(row for row in points if row["name"] == names["learned policy, alpha 10"])
+    shares = [f"{100 * x:.0f} %" for x in (policy["accuracy"], reached(envelope(points), policy["nfe"]))]
     assert re.findall(r"\d+ %", text.partition("![")[0]) == shares
     use = [line for line in blocks(ROOT / "README.md", "python")[0][1].splitlines() if line]
     assert len(use) == 8

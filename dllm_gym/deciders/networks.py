@@ -80,7 +80,7 @@ class DiTConfidence(Policy):
         joint: bool = False,
         odds: float = 0.0,
         bound: float = 0.0,
-        haste: float = 0.0,
+        haste: float | None = 0.0,
         vocab_size: int | None = 0,
         blocks: int = 1,
         candidates: int | None = None,

@@ -71,7 +71,8 @@ def test_evaluation_of_a_real_family_on_a_real_task_runs_end_to_end(llada, data,
 
 def test_before_and_while_it_works_a_command_says_what_it_does(llada, data, tmp_path, capsys):
     files = [f"task.tasks.{n}.data={data / n}" for n in ("gsm8k", "math")]
-    small = ["max_prompt_length=null", "rounds=2", "prompts_per_round=1", "agent.group_size=2", "num_envs=2"]
+    whole = ["max_prompt_length=null", "cut_prompts=false"]
+    small = [*whole, "rounds=2", "prompts_per_round=1", "agent.group_size=2", "num_envs=2"]
     settings = [f"model.model={llada}", "model.dtype=float32", *files, *small, *QUICK, "env.block_length=8"]
     call("train", tmp_path, "experiment=lup_llada_bl32", *settings)
     said = capsys.readouterr()

@@ -27,6 +27,7 @@ from dllm_gym.models import load_dllm
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "experiment=smoke",
+    "task=sudoku",
     "rounds=2",
     "prompts_per_round=2",
     "agent.group_size=4",
@@ -454,7 +455,7 @@ def test_a_run_is_decoded_with_as_it_was_trained(trained):
     chosen = next(row["name"] for row in json.loads((trained / "results.json").read_text()) if row["chosen"])
     assert policy.manner.greedy == (chosen == "policy(greedy)") and policy.evidence.picture[:4] == b"\x89PNG"
     assert Policy.load(f"{trained}@1").evidence is None
-    task = compose_config("train").task
+    task = compose_config("train", "task=sudoku").task
     prompts = [hydra.utils.instantiate(task).prompt({"puzzle": "." * 16})]
     texts = [Decoder(policy=name)(prompts)[0].text for name in (str(trained), f"{trained}@2", policy)]
     assert len(texts[0].split()) == 4 and texts[0] == texts[1] == texts[2]

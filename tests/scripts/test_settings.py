@@ -123,7 +123,7 @@ train agent.group_size=two                               | agent.group_size='two
 train agent.max_batches=0                                | agent.max_batches=0
 train agent=ppo agent.max_batches=2                      | agent.max_batches=2
 train agent=upo distribution=dpls                        | distribution=one_position
-train agent=upo                                          | reward.alpha=[0.1, 10]
+train agent=upo                                          | reward.alpha=8.0
 train agent=upo reward.alpha=1                           | reward.alpha=1
 train agent=upo reward=additive                          | reward.alpha=
 train agent=grpo distribution=one_position reward.alpha=.1 | reward.alpha=0.1
@@ -175,7 +175,7 @@ train policy.time_period=0                               | time_period=0
 train policy.joint=maybe                                 | policy.joint='maybe'
 train policy.preference=1                                | policy.preference=1
 train policy.odds=-1                                     | odds=-1
-train policy.haste=1                                     | policy.haste is read by nothing here
+train policy.haste=1                                     | haste=1
 train policy.bound=-1                                    | bound=-1
 train policy.blocks=0                                    | blocks=0
 train policy.vocab_size=-1                               | vocab_size=-1
@@ -451,9 +451,8 @@ def test_a_wrong_setting_is_refused_by_name_in_one_line(script, arguments, words
 
 def test_the_tables_are_long_enough():
     assert len(table()) + len(CONSTRUCTORS) >= 200
-    assert {script for script, *_ in table()} == {
-        path.stem for path in (ROOT / "scripts").glob("*.py") if "@command(" in path.read_text()
-    }
+    commands = {path.stem for path in (ROOT / "scripts").glob("*.py") if "@command(" in path.read_text()}
+    assert {script for script, *_ in table()} == commands - {"decode"}  # its own: test_decode_command.py
 
 
 def make(**settings):
@@ -505,7 +504,6 @@ CONSTRUCTORS = [
     (make(device="warp"), "device='warp'"),
     (make(dtype="int7"), "dtype='int7'"),
     (make(model="nothing"), "model='nothing'"),
-    (make(model=None), "model=None"),
     (make(model=7), "model='7'"),
     (make(render_mode="film"), "film"),
     (make_vec(num_envs=0), "num_envs=0"),
