@@ -25,15 +25,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-OWN_NAMES = (
-    "deciders",
-    "workloads",
-    "worlds",
-    "training",
-    "others",
-    "warm_start",
-    "variants",
-)  # their entries are the user's
+# Their entries are the user's.
+OWN_NAMES = ("deciders", "workloads", "worlds", "training", "others", "warm_start", "variants")
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 TRAINED = ("model", "task", "env", "reward")  # groups that come from the run of a checkpoint
 ELSEWHERE = {"model": "group model", "task": "group task", "device": "device", "dtype": "model.dtype"}
