@@ -359,10 +359,13 @@ def lead(cell: Cell) -> list[Finding]:
     front = envelope(point for family in cell.heuristics.values() for point in family)
     if not points or not front or not cell.full_diffusion:
         return []
-    half = points[: math.ceil(len(points) / 2)]
+    half = [p for p in points[: math.ceil(len(points) / 2)] if p["nfe"] >= front[0]["nfe"]]
+    if not half:  # no rule that was played is that fast: nothing to compare with
+        return []
     margins = [point["accuracy"] - reached(front, point["nfe"]) for point in half]
     alone = [
-        max(point["accuracy"] - reached(front, point["nfe"]) for point in seed) for seed in cell.alone("conditioned")
+        max((p["accuracy"] - reached(front, p["nfe"]) for p in seed if p["nfe"] >= front[0]["nfe"]), default=math.nan)
+        for seed in cell.alone("conditioned")
     ]
     best = max(range(len(half)), key=lambda i: margins[i])
     point = half[best]

@@ -17,8 +17,10 @@ from agents.reproduction.claims import (
     cells,
     falls,
     fast,
+    lead,
     measured,
     needed,
+    order,
     over_seeds,
     pareto,
     quality,
@@ -252,3 +254,21 @@ def test_the_quick_version_needs_its_figure_and_its_time():
     assert quick(rows, 14.0)[0].holds and not quick(rows, 16.0)[0].holds
     rows.append(row(**rule, setting="0.5", nfe=2.0, accuracy=0.7))
     assert not quick(rows, 14.0)[0].holds
+
+
+def test_the_lead_is_measured_where_some_rule_is_that_fast():
+    learned = at_alphas((10, 1.5, 0.3), (1, 3, 0.9), (0.1, 6, 0.95), (0.01, 8, 0.95))
+    cell = Cell("sums", "full_diffusion", 10, {"top_k": FRONT}, {"conditioned": learned}, {"conditioned": learned})
+    (found,) = lead(cell)  # at 3 the envelope is 0.6; no rule is as fast as 1.5
+    assert found.holds and found.numbers["margin"] == pytest.approx(0.3) == pytest.approx(found.numbers["least"])
+    slow = Cell("sums", "full_diffusion", 10, {"top_k": [point(9, 1.0)]}, {"conditioned": learned})
+    assert lead(slow) == []
+
+
+def test_a_learned_order_stands_beside_every_rule_of_one_position_per_step():
+    rules = {"top_k": [point(9, 0.3, setting="1")], "margin": [point(9, 0.6, setting="1"), point(5, 0.9, setting="2")]}
+    rules = {name: [{**p, "family": name} for p in points] for name, points in rules.items()}
+    for accuracy, holds in ((0.66, True), (0.64, False)):
+        learned = at_alphas((0, 9, accuracy))
+        (found,) = order(Cell("sums", "full_diffusion", 10, rules, {"upo": learned}, {"upo": learned}))
+        assert found.holds == holds and found.numbers["over_rules"] == pytest.approx(accuracy - 0.6)
