@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
+import transformers
 from test_families import (
     QWEN_CHAT,
     QWEN_SIZES,
@@ -251,6 +252,17 @@ CASES = {
     "Stable-DiffCoder": Case(diffcoder, block=4),
     "Nemotron-Labs-Diffusion": Case(nemotron),
 }
+
+
+by_position = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 4)
+if not by_position:
+    del CASES["Nemotron-Labs-Diffusion"]
+
+
+@pytest.mark.skipif(by_position, reason="this transformers scales Ministral's attention by position")
+def test_nemotron_is_refused_where_a_padded_row_would_be_scaled_by_its_place(tmp_path):
+    with pytest.raises(ValueError, match=r"needs transformers 5\.4 or newer"):
+        load_dllm(nemotron(tmp_path))
 
 
 @pytest.fixture(params=CASES)

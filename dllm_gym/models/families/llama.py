@@ -13,6 +13,11 @@ embeddings, in a config with Llama's names of sizes. Weights under other names t
 
 from __future__ import annotations
 
+import inspect
+
+import transformers
+from transformers.models.ministral3.modeling_ministral3 import Ministral3Attention
+
 from dllm_gym.models.base import DLLM
 from dllm_gym.models.checkpoint import Checkpoint, require, require_fields
 from dllm_gym.models.families.decoders import decoder, two_way_config, view_of
@@ -52,5 +57,11 @@ def load_nemotron(checkpoint: Checkpoint) -> DLLM:
     require_fields(raw, "head_dim", "rope_parameters")
     require(raw, name, attention_bias=False, mlp_bias=False, sliding_window=None, dlm_paradigm="bidirectional")
     config = two_way_config("ministral3", raw, name, NEMOTRON_KNOWN)
+    # Before 5.4 the scale of a query came from its place in the batch's padded rows instead of its position.
+    if "position_ids" not in inspect.signature(Ministral3Attention.forward).parameters:
+        raise ValueError(
+            "Nemotron-Labs-Diffusion needs transformers 5.4 or newer, which scales attention by a token's position; "
+            f"this is {transformers.__version__}, where a padded row would not give the same as alone"
+        )
     view = view_of(checkpoint, 0, None)
     return decoder(checkpoint, "ministral3", config, view, checkpoint.tokenizer(), key_mapping=NEMOTRON_NAMES)
