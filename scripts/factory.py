@@ -46,7 +46,6 @@ MODELS_OWN: dict[str, Callable[[DLLM], Any]] = {  # of a policy: the dLLM's own 
     "own_block": own_block,
 }
 HASTE = 3.0  # of haste: null: between the ends of the preference a threshold falls from 0.5 to 0.05
-FILLED_IN = (*MODELS_OWN, "preference", "haste", "model")  # settings that follow from others where they are null
 DECODINGS = {None: ("greedy", "sampled"), True: ("greedy",), False: ("sampled",)}  # of a policy, by evaluation.greedy
 SAMPLE = 200  # examples whose answers are measured
 

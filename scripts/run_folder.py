@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -81,12 +81,13 @@ class RunFolder:
                 "with it (train.py resume=auto)"
             )
 
-    def begin(self) -> None:
-        """Write what the run is: its resolved configuration, and what the command line chose, for a new run."""
+    def begin(self, began: Sequence[str] = ()) -> None:
+        """Write what the run is: its resolved configuration, and for a new one the command line: ``began``, which the
+        run began with that it goes on from, and what was chosen since."""
         if not (self.path / OVERRIDES).exists():
             (self.path / OVERRIDES).parent.mkdir(exist_ok=True)
-            overrides = OmegaConf.to_yaml(HydraConfig.get().overrides.task)
-            atomically(self.path / OVERRIDES, lambda path: path.write_text(overrides))
+            overrides = [*began, *(o for o in HydraConfig.get().overrides.task if o not in began)]
+            atomically(self.path / OVERRIDES, lambda path: path.write_text(OmegaConf.to_yaml(overrides)))
         noted(self.path / CONFIG, lambda path: OmegaConf.save(self.cfg, path, resolve=True))
         self.log = logging.FileHandler(self.path / LOG)
         self.log.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))

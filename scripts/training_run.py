@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,6 @@ import hydra
 import torch
 from command import console as make_console
 from factory import (
-    FILLED_IN,
     about,
     check_evaluation,
     heuristics,
@@ -34,7 +33,6 @@ from factory import (
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from run_folder import OVERRIDES, RunFolder, load_config, load_policy, load_run, naming
-from settings import chosen_names
 from tqdm import tqdm
 
 from agents.algorithm import Algorithm
@@ -62,6 +60,7 @@ LOGGERS = {  # TorchRL's class -> the package that it needs, which is also the n
 LOGS = {"log_dir": "{}/logs", "tracking_uri": "sqlite:///{}/mlflow.db", "artifact_location": "{}/mlflow"}
 FREE = ("rounds", "num_envs", "checkpoint_every", "checkpoint_minutes", "checkpoints", "device", "threads")
 FREE += ("evaluation", "heuristics", "logger", "resume", "trust")  # what a resumed run may choose anew
+GREW = ("agent", "checkpoints", "evaluation")  # groups that have settings which older runs were saved without
 
 
 def resumed(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | None:
@@ -104,60 +103,34 @@ def newest(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | N
             return load_config(checkpoint.config, cfg), checkpoint
 
 
-def go_on(cfg: DictConfig, saved: DictConfig) -> None:
+def go_on(cfg: DictConfig, saved: DictConfig, began: Sequence[str]) -> None:
     """Let a resumed run be the run that it resumes: only what does not change the learning may be chosen anew.
 
     Args:
-        saved: the configuration of the run that is resumed.
+        saved: the configuration of the run that is resumed. began: the command line that it began with.
 
     Raises:
-        ValueError: the command line changes another setting.
+        ValueError: the command line chooses anything else that the run did not begin with.
     """
-    chosen = {name.partition(".")[0] for name in chosen_names()}
-    for name in saved:
-        saved[name] = with_new_settings(saved[name], cfg.get(name))
-        if name in FREE:
-            if name not in (*chosen, "resume", "trust"):
-                cfg[name] = saved[name]
-        elif name in chosen and not same(cfg.get(name), saved[name]):
-            raise ValueError(f"resume={cfg.resume!r}: {name} differs from the run's own; only {', '.join(FREE)} may")
-        else:
-            OmegaConf.update(cfg, name, saved[name], merge=False, force_add=True)
+    today = cfg.copy()
+    for name, value in saved.items():
+        if name not in ("resume", "trust"):
+            whole = {**today[name], **value} if name in GREW else value
+            OmegaConf.update(cfg, name, whole, merge=False, force_add=True)
     steps = "agent.algorithm.scheduler.num_training_steps"
-    if OmegaConf.select(cfg, steps) == saved.get("rounds"):  # the schedule that ends with the run still does
+    ends_with_run = OmegaConf.select(cfg, steps) == saved.get("rounds")
+    for name, here in LOGS.items():  # the saved ones are where the run lay once
+        if cfg.logger and name in cfg.logger:
+            cfg.logger[name] = here.format(HydraConfig.get().runtime.output_dir)
+    for override in HydraConfig.get().overrides.task:
+        name = override.lstrip("+~").partition("=")[0]
+        if name.partition(".")[0] in FREE:
+            OmegaConf.update(cfg, name, OmegaConf.select(today, name), merge=False, force_add=True)
+        elif override not in began:
+            free = ", ".join(FREE)
+            raise ValueError(f"resume={cfg.resume!r}: it did not begin with {override}; only {free} may be chosen anew")
+    if ends_with_run:
         OmegaConf.update(cfg, steps, cfg.rounds)
-    if cfg.logger and "logger" not in chosen:
-        for name, here in LOGS.items():  # the saved ones are where the run lay once
-            if name in cfg.logger:
-                cfg.logger[name] = here.format(HydraConfig.get().runtime.output_dir)
-
-
-def with_new_settings(saved: Any, today: Any) -> Any:
-    """Saved settings, and those that have come up since the run was saved."""
-    if (
-        not isinstance(saved, DictConfig)
-        or not isinstance(today, DictConfig)
-        or saved.get("_target_") != today.get("_target_")
-    ):
-        return saved
-    return OmegaConf.merge({name: value for name, value in today.items() if name not in saved}, saved)
-
-
-def same(today: Any, saved: Any) -> bool:
-    """Whether two parts of configurations say the same, once resolved; the schedule's length goes with the rounds."""
-    now, then = (OmegaConf.to_container(p, resolve=True) if OmegaConf.is_config(p) else p for p in (today, saved))
-    for plain in (now, then):
-        if isinstance(plain, dict):
-            plain.get("algorithm", {}).get("scheduler", {}).pop("num_training_steps", None)
-    return without_filled_in(now, now) == without_filled_in(then, now)
-
-
-def without_filled_in(part: Any, today: Any) -> Any:
-    """A part of a configuration without what is null today: there it is what the run has."""
-    if not isinstance(part, dict) or not isinstance(today, dict):
-        return part
-    nulls = {name for name in FILLED_IN if today.get(name) is None}
-    return {name: without_filled_in(value, today.get(name)) for name, value in part.items() if name not in nulls}
 
 
 class Interrupt:
@@ -423,8 +396,9 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     if cfg.resume is not None:
         text("resume", cfg.resume)
     source = resumed(cfg, run)
+    began = began_with(source and source[1])
     if source is not None:
-        go_on(cfg, source[0])
+        go_on(cfg, source[0], began)
     check_settings(cfg)
     device = prepare(cfg)
     torch.manual_seed(cfg.seed)
@@ -437,7 +411,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     print(f"loading train examples and {cfg.model.model or 'their own dLLM'}", flush=True)
     settings["cut_prompts"] = cfg.cut_prompts
     envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
-    policy.manner = manner_of(cfg, envs, recipe(cfg, source and source[1]))
+    policy.manner = manner_of(cfg, envs, recipe(began, cfg.seed))
     deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
     refuse_a_range_that_nothing_reads(cfg, deciders.values())
     test_envs = make_evaluation_envs(cfg, device, deciders)
@@ -447,7 +421,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     start = Start.of(source and source[1], learner.algorithm, device, run)
     saver = Saver(run.path, policy, learner.algorithm, cfg.checkpoints.keep, validation(cfg, device, policy))
     start.take_place(saver, cfg.rounds, run)
-    run.begin()
+    run.begin(began)
     if not train(cfg, envs, learner, saver, start, stop):
         return None
     rows = report(cfg, Lab(test_envs, about=about(cfg)), deciders, run, console)
@@ -456,13 +430,17 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     return max(policy_rewards(rows, "validation_reward" if validated else "reward").values())
 
 
-def recipe(cfg: DictConfig, source: Checkpoint | None) -> str:
-    """The command that trains this run's policy, seed included; of a resumed run, that which began it."""
-    overrides = HydraConfig.get().overrides.task
-    if source is not None and (source.run / OVERRIDES).is_file():
-        overrides = read_overrides(source.run / OVERRIDES)
-    seed = [] if any(override.startswith("seed=") for override in overrides) else [f"seed={cfg.seed}"]
-    return shlex.join(["python", "scripts/train.py", *overrides, *seed])
+def began_with(source: Checkpoint | None) -> list[str]:
+    """The command line that a run began with: today's, or that of the run which is resumed."""
+    if source is None:
+        return list(HydraConfig.get().overrides.task)
+    return read_overrides(source.run / OVERRIDES) if (source.run / OVERRIDES).is_file() else []
+
+
+def recipe(began: Sequence[str], seed: int) -> str:
+    """The command that trains this run's policy, seed included."""
+    named = [] if any(override.startswith("seed=") for override in began) else [f"seed={seed}"]
+    return shlex.join(["python", "scripts/train.py", *began, *named])
 
 
 def told(run: RunFolder) -> str:

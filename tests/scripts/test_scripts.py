@@ -160,16 +160,36 @@ def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
     for group, setting in (("evaluation", "alphas"), ("env", "cache"), ("policy", "preference")):
         del saved[group][setting]  # as a run saved it before these settings were there
     (half / "config.yaml").write_text(yaml.safe_dump(saved))
-    call("train", half, f"resume={half}", "rounds=2", "env=full_diffusion")  # with the run's own settings
+    call("train", half, f"resume={half}", "rounds=2", "evaluation.seeds=[42]")
     assert weights(half / "checkpoints" / "2") == weights(trained / "checkpoints" / "2")
     assert without_seconds(half / "metrics.csv") == without_seconds(trained / "metrics.csv")
-    with pytest.raises(ValueError, match="reward differs from the run's own"):
-        call("train", half, f"resume={half}", "reward.alpha=1")
+    for other in (
+        "reward.alpha=1",
+        "env=full_diffusion",
+        "experiment=lup_llada_bl32",
+        "++agent.group_size=4",
+        "seed=1",
+    ):
+        with pytest.raises(ValueError, match=f"it did not begin with {re.escape(other)}; only rounds, "):
+            call("train", half, f"resume={half}", other)
     call("train", tmp_path / "copy", *SMALL, f"resume={half}", "rounds=2")  # nothing left to do, but all is there
+    assert without_seconds(tmp_path / "copy" / "metrics.csv") == without_seconds(trained / "metrics.csv")
+    call("train", tmp_path / "copy", *SMALL, "rounds=1", "resume=auto")  # a fork knows what its run began with
     assert without_seconds(tmp_path / "copy" / "metrics.csv") == without_seconds(trained / "metrics.csv")
     (half / "checkpoints" / "2" / "trainer.pt").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="resume="):
         call("train", tmp_path / "other", *SMALL, f"resume={half}")
+
+
+def test_what_is_chosen_anew_leaves_the_rest_of_its_group_as_the_run_has_it(tmp_path):
+    call("train", tmp_path, *SMALL, "rounds=1", "checkpoints.keep=2")
+    call("train", tmp_path, "resume=auto", "rounds=2", "evaluation.seeds=[7]", "logger=none", "heuristics=threshold")
+    now = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert now["evaluation"]["examples"] == 8 and now["evaluation"]["seeds"] == [7] and now["threads"] == 1
+    assert now["checkpoints"]["keep"] == 2 and now["reward"]["alpha"] == 2.5
+    assert now["agent"]["algorithm"]["scheduler"]["num_training_steps"] == 2
+    names = {row["name"].partition("(")[0] for row in json.loads((tmp_path / "results.json").read_text())}
+    assert names == {"policy", "threshold"}
 
 
 def as_an_earlier_version_left_it(run: Path) -> None:
