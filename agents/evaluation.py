@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from agents.fronts import POLICY, Row, around, by_run, decoding, envelope, policy_rewards, reached, sentences
+from agents.fronts import POLICY, Point, around, by_run, decoding, envelope, policy_rewards, reached, sentences
 from agents.pictures import plot
 from dllm_gym.runs.files import noted, read
 
@@ -74,7 +74,7 @@ def play(lab: Lab, deciders: Mapping[str, Decider], examples: Sequence[int], see
 
 def evaluate_rows(
     test: Mapping[str, Played], validation: Mapping[str, Played] | None = None, baseline: str | None = None
-) -> list[Row]:
+) -> list[Point]:
     """One row per decider, in order, and what is chosen among them on the validation split.
 
     Chosen are, by mean reward there: of a policy's decodings (greedy, or sampled at a temperature) one, over all its
@@ -114,7 +114,7 @@ def paired(one: Sequence[Results], other: Sequence[Results], flips: int = 9999) 
     return float(difference.mean()), float((1 + larger) / (1 + flips))
 
 
-def choose(rows: Sequence[Row], test: Mapping[str, Played], validation: Mapping[str, Played]) -> None:
+def choose(rows: Sequence[Point], test: Mapping[str, Played], validation: Mapping[str, Played]) -> None:
     """Fill in what :func:`evaluate_rows` chooses."""
     rules = [row["name"] for row in rows if row["family"] != POLICY]
     for row in rows:
@@ -154,7 +154,7 @@ def near(played: Mapping[str, Played], within: float) -> list[str]:
     ]
 
 
-def summary(name: str, results: Sequence[Results]) -> Row:
+def summary(name: str, results: Sequence[Results]) -> Point:
     """Means of one decider's results over examples and seeds, with 95 % bootstrap intervals.
 
     Args:
@@ -164,7 +164,7 @@ def summary(name: str, results: Sequence[Results]) -> Row:
     score = np.mean([r.score.cpu().numpy() for r in results], axis=0)  # (E,), seeds of one example belong together
     nfe = np.mean([r.nfe.cpu().numpy() for r in results], axis=0)
     reward = np.mean([r.reward.cpu().numpy() for r in results], axis=0)
-    row: Row = {"name": name, "family": name.partition("(")[0]}
+    row: Point = {"name": name, "family": name.partition("(")[0]}
     for label, values in (("accuracy", score), ("nfe", nfe)):
         low, high = bootstrap_interval(values)
         row |= {label: float(values.mean()), f"{label}_low": low, f"{label}_high": high}
@@ -187,7 +187,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 1000, level: float =
     return float(low), float(high)
 
 
-def shown(row: Row) -> dict[str, str]:
+def shown(row: Point) -> dict[str, str]:
     """A row for people."""
     texts = {
         "decider": row["name"],
@@ -208,7 +208,7 @@ def number_or_blank(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def table(rows: Sequence[Row], title: str) -> Table:
+def table(rows: Sequence[Point], title: str) -> Table:
     """The rows for a terminal, in their order."""
     texts = [shown(row) for row in rows]
     result = Table(title=title)
@@ -227,7 +227,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def fronts_shown(fronts: Sequence[Row]) -> list[dict[str, str]]:
+def fronts_shown(fronts: Sequence[Point]) -> list[dict[str, str]]:
     """What is said of whole curves, for people."""
     names = {"aup": "AUP", "area": "area", "area_log": "area over log NFE"}
     digits = {"aup": 1, "area": 3, "area_log": 3}
@@ -238,7 +238,7 @@ def fronts_shown(fronts: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def save_report(rows: Sequence[Row], folder: Path, title: str, fronts: Sequence[Row] = ()) -> None:
+def save_report(rows: Sequence[Point], folder: Path, title: str, fronts: Sequence[Point] = ()) -> None:
     """Write results.csv, results.md, results.png, fronts.json (where there are any) and, last, results.json.
 
     Each appears whole or not at all. ``fronts``: of :func:`~agents.fronts.front_rows`.
@@ -262,7 +262,7 @@ def save_report(rows: Sequence[Row], folder: Path, title: str, fronts: Sequence[
     noted(folder / "results.json", lambda path: path.write_text(json.dumps(list(rows), indent=2) + "\n"))
 
 
-def read_rows(path: Path, numbers: Sequence[str]) -> list[Row]:
+def read_points(path: Path, numbers: Sequence[str]) -> list[Point]:
     """The rows of a results.json; every one has a ``name`` and these ``numbers``.
 
     Raises:

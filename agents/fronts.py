@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]  # one decider on one split: the columns of the table
+Point = dict[str, Any]  # one decider on one split, accuracy by NFE: the columns of its row of the table
 POLICY = "policy"  # the family of what was learned; every other one is of rules
 
 
-def pareto(points: Iterable[Row]) -> list[Row]:
+def pareto(points: Iterable[Point]) -> list[Point]:
     """The points that no other point beats: NFE and accuracy both rise strictly from one to the next."""
-    front: list[Row] = []
+    front: list[Point] = []
     for point in sorted(points, key=lambda p: (p["nfe"], -p["accuracy"])):
         if not front or point["accuracy"] > front[-1]["accuracy"]:
             front.append(point)
     return front
 
 
-def reached(front: Sequence[Row], nfe: float) -> float:
+def reached(front: Sequence[Point], nfe: float) -> float:
     """The accuracy of a front at ``nfe``: linear between its points, that of the last one behind it.
 
     Left of the first point, where nothing is that fast, it is 0.
@@ -31,14 +31,14 @@ def reached(front: Sequence[Row], nfe: float) -> float:
     return float(np.interp(nfe, [p["nfe"] for p in front], [p["accuracy"] for p in front]))
 
 
-def needed(front: Sequence[Row], accuracy: float) -> float:
+def needed(front: Sequence[Point], accuracy: float) -> float:
     """The least NFE at which a front reaches ``accuracy``; infinity if it never does."""
     if not front or front[-1]["accuracy"] < accuracy:
         return math.inf
     return float(np.interp(accuracy, [p["accuracy"] for p in front], [p["nfe"] for p in front]))
 
 
-def area(front: Sequence[Row], length: float, log: bool = False) -> float:
+def area(front: Sequence[Point], length: float, log: bool = False) -> float:
     """The mean accuracy of a front over NFE in [1, L]: the area below it divided by L - 1.
 
     Args:
@@ -54,7 +54,7 @@ def area(front: Sequence[Row], length: float, log: bool = False) -> float:
     return total / (math.log(length) if log else length - 1)
 
 
-def aup(points: Iterable[Row], most: float, alpha: float = 3.0) -> float:
+def aup(points: Iterable[Point], most: float, alpha: float = 3.0) -> float:
     """Accuracy under parallelism, the score of the public leaderboard of dLLMs (d3LLM, aup_utils.py).
 
     rho_1 y_1 + the sum of (rho_i - rho_(i-1)) (y_i W(y_i) + y_(i-1) W(y_(i-1))) / 2, with rho the tokens per forward,
@@ -72,13 +72,13 @@ def aup(points: Iterable[Row], most: float, alpha: float = 3.0) -> float:
     return curve[0][0] * curve[0][1] + sum((r1 - r0) * (y0 + y1) / 2 for (r0, y0), (r1, y1) in steps)
 
 
-def front_rows(rows: Sequence[Row], length: float) -> list[Row]:
+def front_rows(rows: Sequence[Point], length: float) -> list[Point]:
     """What is said of whole curves: of all rules together, of every family of them, of every decoding of a policy.
 
     Returns:
         Rows of ``front``, ``points`` (of its front), ``aup``, ``area`` and ``area_log`` (see :func:`area`).
     """
-    curves: dict[str, list[Row]] = {}
+    curves: dict[str, list[Point]] = {}
     for row in rows:
         if row["family"] == POLICY:
             curves.setdefault(f"{POLICY}({decoding(row)})", []).append(row)
@@ -95,13 +95,13 @@ def front_rows(rows: Sequence[Row], length: float) -> list[Row]:
     return found
 
 
-def envelope(rows: Iterable[Row]) -> list[Row]:
+def envelope(rows: Iterable[Point]) -> list[Point]:
     """What all rules reach together, whatever their family and setting: the concave hull of their front.
 
     Between two of its points lies what a mixture of the two reaches, one for some prompts and the other for the rest.
     So a further rule never lowers it.
     """
-    hull: list[Row] = []
+    hull: list[Point] = []
     for point in pareto(row for row in rows if row["family"] != POLICY):
         while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-2], point):
             hull.pop()
@@ -109,37 +109,37 @@ def envelope(rows: Iterable[Row]) -> list[Row]:
     return hull
 
 
-def slope(one: Row, other: Row) -> float:
+def slope(one: Point, other: Point) -> float:
     """The accuracy that an NFE more brings on the way from one point to another."""
     return (other["accuracy"] - one["accuracy"]) / (other["nfe"] - one["nfe"])
 
 
-def learned(rows: Iterable[Row]) -> list[Row]:
+def learned(rows: Iterable[Point]) -> list[Point]:
     """The policy's rows; of greedy and sampled those that validation chose, where there was one."""
     own = [row for row in rows if row["family"] == POLICY]
     return [row for row in own if row.get("chosen")] or own
 
 
-def decoding(row: Row) -> str:
+def decoding(row: Point) -> str:
     """Of a policy's row all but its alpha: ``greedy`` or ``sampled``, and where there are several, of which run, and at
     which temperature."""
     return ", ".join(part for part in _parts(row) if not part.startswith("alpha="))
 
 
-def by_run(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_run(rows: Iterable[Point]) -> dict[str, list[Point]]:
     """The policies' rows by the run that they are of, if several were evaluated together (else "")."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[Point]] = {}
     for row in (row for row in rows if row["family"] == POLICY):
         run = next((part for part in _parts(row) if part.startswith("run=")), "")
         found.setdefault(run.removeprefix("run="), []).append(row)
     return found
 
 
-def _parts(row: Row) -> list[str]:
+def _parts(row: Point) -> list[str]:
     return row["name"].removeprefix(POLICY).removeprefix("(").removesuffix(")").split(", ")
 
 
-def policy_rewards(rows: Iterable[Row], column: str = "reward") -> dict[str, float]:
+def policy_rewards(rows: Iterable[Point], column: str = "reward") -> dict[str, float]:
     """Mean reward of the policy's rows by decoding: over alphas, if there are several."""
     found: dict[str, list[float]] = {}
     for row in (row for row in rows if row["family"] == POLICY):
@@ -147,7 +147,7 @@ def policy_rewards(rows: Iterable[Row], column: str = "reward") -> dict[str, flo
     return {how: sum(rewards) / len(rewards) for how, rewards in found.items()}
 
 
-def sentences(rows: Sequence[Row]) -> Iterator[str]:
+def sentences(rows: Sequence[Point]) -> Iterator[str]:
     """What the rows say in words: each policy row beside the envelope of all rules, and beside the best rule by reward.
 
     Both the rule and the policy's decoding are those that earned most on the validation split, where there was one.
@@ -172,7 +172,7 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def beside(front: Sequence[Row], row: Row) -> str:
+def beside(front: Sequence[Point], row: Point) -> str:
     """What the rules' envelope reaches at a row's NFE, and what it needs for the row's accuracy."""
     nfe, accuracy = row["nfe"], row["accuracy"]
     if nfe < front[0]["nfe"]:
@@ -187,7 +187,7 @@ def beside(front: Sequence[Row], row: Row) -> str:
     return f"{there}; NFE of the rules at that accuracy: {cost:.2f} ({nfe / cost:.2f}x)"
 
 
-def around(front: Sequence[Row], nfe: float) -> str:
+def around(front: Sequence[Point], nfe: float) -> str:
     """The point of a front that lies at ``nfe``, or the two between which it lies."""
     below = [point for point in front if point["nfe"] <= nfe]
     above = front[len(below) :]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.fronts import POLICY, Row, decoding, envelope, reached
+from agents.fronts import POLICY, Point, decoding, envelope, reached
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "h", "d")
 LEARNED, GREY = "#D55E00", "#555555"
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot(rows: Sequence[Point], path: Path, title: str) -> None:
     """Draw the rows into a file; how it is stored says the end of its name."""
     import matplotlib.pyplot as plt
 
@@ -29,7 +29,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def draw(rows: Sequence[Row], title: str) -> Figure:
+def draw(rows: Sequence[Point], title: str) -> Figure:
     """Accuracy against NFE: the rules' envelope in grey over thin lines of its families, policies in front.
 
     A policy that was evaluated with several alphas is one curve per decoding, from its fastest point on. Bars are 95 %
@@ -52,9 +52,9 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _curves(axes: Axes, rows: Sequence[Row]) -> None:
+def _curves(axes: Axes, rows: Sequence[Point]) -> None:
     """Policies: a star each, joined where they are one policy at several alphas."""
-    curves: dict[tuple[Any, str], list[Row]] = {}
+    curves: dict[tuple[Any, str], list[Point]] = {}
     for row in (row for row in rows if row["family"] == POLICY):
         curves.setdefault((row.get("run"), decoding(row) if "alpha=" in row["name"] else row["name"]), []).append(row)
     names: dict[str, int] = {}
@@ -74,7 +74,7 @@ def _curves(axes: Axes, rows: Sequence[Row]) -> None:
         _points(axes, members, label if names[label] == 1 else None, zorder=9, **style)
 
 
-def _rules(axes: Axes, rows: Sequence[Row]) -> None:
+def _rules(axes: Axes, rows: Sequence[Point]) -> None:
     """Rules: what all of them reach together, and each family for itself."""
     front = envelope(rows)
     if not front:
@@ -97,7 +97,7 @@ def _rules(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot(xs, ys, label=family, linewidth=0.8, alpha=0.75, zorder=3, **style)
 
 
-def _points(axes: Axes, rows: Sequence[Row], label: str | None, **style: Any) -> None:
+def _points(axes: Axes, rows: Sequence[Point], label: str | None, **style: Any) -> None:
     x, y = [row["nfe"] for row in rows], [row["accuracy"] for row in rows]
     down = [row["accuracy"] - row["accuracy_low"] for row in rows]
     up = [row["accuracy_high"] - row["accuracy"] for row in rows]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
 from agents.evaluation import Played, evaluate_rows, near, play, save_report, table
-from agents.fronts import Row, front_rows, sentences
+from agents.fronts import Point, front_rows, sentences
 from agents.generations import Lab
 from agents.rollout import Decider
 from dllm_gym.checks import distinct, flag, number, whole
@@ -337,7 +337,7 @@ def about(cfg: DictConfig) -> dict[str, Any]:
     return {"block_length": cfg.env.get("block_length"), **groups}
 
 
-def report(cfg: DictConfig, lab: Lab, deciders: Mapping[str, Decider], run: RunFolder, console: Any) -> list[Row]:
+def report(cfg: DictConfig, lab: Lab, deciders: Mapping[str, Decider], run: RunFolder, console: Any) -> list[Point]:
     """Evaluate, print the table and what it says, write results.{json,csv,md,png} into the run folder."""
     settings = cfg.evaluation
     stated = settings.get("reward_alpha")

@@ -10,7 +10,7 @@ from pathlib import Path
 from command import command
 from omegaconf import DictConfig, ListConfig
 
-from agents.evaluation import read_rows
+from agents.evaluation import read_points
 from agents.pictures import plot
 from dllm_gym.checks import distinct, text, writable
 from dllm_gym.runs.files import atomically
@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     paths = distinct("results", cfg.results if isinstance(cfg.results, ListConfig) else [cfg.results])
     for path in paths:
         text("results", path)
-    rows = [{**row, "run": path} for path in paths for row in read_rows(Path(path), DRAWN)]
+    rows = [{**row, "run": path} for path in paths for row in read_points(Path(path), DRAWN)]
     unique = {(row["name"], row["nfe"], row["accuracy"]): row for row in rows}  # heuristics that several runs share
     atomically(Path(cfg.picture), lambda path: plot(list(unique.values()), path, cfg.title))
     print(f"written: {cfg.picture}")

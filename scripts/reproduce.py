@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from settings import CONF, composing
 from tqdm import tqdm
 
-from agents.fronts import Row
+from agents.fronts import Point
 from agents.reproduction.claims import LEARNED, read_results, read_table, write_table
 from agents.reproduction.report import Evidence, read_training, write_page
 from agents.runs.strangers import Allowed, read_config
@@ -287,13 +287,13 @@ def session_minutes(folder: Path) -> list[float]:
 # The report
 
 
-def tabulate(cfg: DictConfig, jobs: Sequence[Job]) -> list[Row]:
+def tabulate(cfg: DictConfig, jobs: Sequence[Job]) -> list[Point]:
     """The table of what is done, written and read again: the page is made of what the file says."""
     write_table(rows_of(jobs), Path(cfg.table))
     return read_table(Path(cfg.table))
 
 
-def rows_of(jobs: Sequence[Job]) -> list[Row]:
+def rows_of(jobs: Sequence[Job]) -> list[Point]:
     """The rows of the jobs that are done."""
     done = [job for job in jobs if job.labels and job.done()]
     return [row for job in done for row in read_results(job.folder, {**job.labels, "length": length(job.folder)})]
@@ -323,7 +323,7 @@ def length(run: Path) -> int:
     return saved["env"]["gen_length"] or hydra.utils.instantiate(saved["task"]).gen_length
 
 
-def quick_version(folder: Path) -> tuple[list[Row], float] | None:
+def quick_version(folder: Path) -> tuple[list[Point], float] | None:
     """Table and minutes of the quick version, if it was run."""
     path = folder / "results.csv"
     return (read_table(path), sum(session_minutes(folder))) if path.exists() else None

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation import read_rows
-from agents.fronts import Row, area, envelope, needed, pareto, reached
+from agents.evaluation import read_points
+from agents.fronts import Point, area, envelope, needed, pareto, reached
 from dllm_gym.runs.files import atomically
 
 LABELS = ("task", "env", "world", "trained_on", "kind", "family", "setting", "alpha", "seed", "decode", "split")
@@ -33,7 +33,7 @@ POLICY = re.compile(r"policy\((greedy|sampled)(?:, alpha=([^)]+))?\)")  # the na
 # The table
 
 
-def read_results(folder: Path, labels: Mapping[str, Any]) -> list[Row]:
+def read_results(folder: Path, labels: Mapping[str, Any]) -> list[Point]:
     """The rows of a run's results.json, as rows of the table.
 
     Args:
@@ -41,7 +41,7 @@ def read_results(folder: Path, labels: Mapping[str, Any]) -> list[Row]:
             heuristic; decoding and, where the policy is told it, alpha) is added.
     """
     rows = []
-    for result in read_rows(folder / "results.json", (*MEASURED, "examples")):
+    for result in read_points(folder / "results.json", (*MEASURED, "examples")):
         row = {**dict.fromkeys(COLUMNS), **{name: result[name] for name in (*MEASURED, "examples")}, **labels}
         if policy := POLICY.fullmatch(result["name"]):
             row["decode"], row["alpha"] = policy[1], float(policy[2] or labels["alpha"])
@@ -52,7 +52,7 @@ def read_results(folder: Path, labels: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def write_table(rows: Sequence[Row], path: Path) -> None:
+def write_table(rows: Sequence[Point], path: Path) -> None:
     """The table as CSV, in the order of ``rows``; numbers to six decimals, blank where something does not apply."""
 
     def write(file: Path) -> None:
@@ -65,7 +65,7 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
     atomically(path, write)
 
 
-def read_table(path: Path) -> list[Row]:
+def read_table(path: Path) -> list[Point]:
     """What :func:`write_table` wrote."""
 
     def value(name: str, text: str) -> Any:
@@ -77,15 +77,15 @@ def read_table(path: Path) -> list[Row]:
         return [{name: value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def group_by(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
+def group_by(rows: Iterable[Point], *names: str) -> dict[tuple, list[Point]]:
     """Rows that agree in the columns ``names``, groups and rows in the order of their first appearance."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Point]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
 
-def over_seeds(rows: Iterable[Row]) -> list[Row]:
+def over_seeds(rows: Iterable[Point]) -> list[Point]:
     """Means of rows that differ in their seed only.
 
     Ends of intervals are averaged as well: the seeds share their examples, so the interval of the mean over seeds is at
@@ -102,7 +102,7 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
     return result
 
 
-def better_decoding(rows: Sequence[Row]) -> list[Row]:
+def better_decoding(rows: Sequence[Point]) -> list[Point]:
     """The test rows, of every policy those of one decoding: of greedy and sampled the one with more mean reward over
     the seeds on the *validation* split of what the policy was trained on."""
     names = ("trained_on", "env", "family", "alpha")
@@ -142,9 +142,9 @@ class Cell:
     task: str
     env: str
     length: float
-    heuristics: dict[str, list[Row]] = field(default_factory=dict)
-    learned: dict[str, list[Row]] = field(default_factory=dict)
-    seeds: dict[str, list[Row]] = field(default_factory=dict)
+    heuristics: dict[str, list[Point]] = field(default_factory=dict)
+    learned: dict[str, list[Point]] = field(default_factory=dict)
+    seeds: dict[str, list[Point]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -154,7 +154,7 @@ class Cell:
     def full_diffusion(self) -> bool:
         return self.env == "full_diffusion"
 
-    def alone(self, who: str) -> list[list[Row]]:
+    def alone(self, who: str) -> list[list[Point]]:
         """The points of every training seed for itself; none where they were not kept."""
         return list(group_by(self.seeds.get(who, []), "seed").values())
 
@@ -169,7 +169,7 @@ class Cell:
         lower = [{**point, "accuracy": lower_end(point)} for point in fronts[family]]
         return Best(family, reached(fronts[family], nfe), reached(lower, nfe))
 
-    def area(self, points: Sequence[Row], log: bool = False, own: bool = False) -> float:
+    def area(self, points: Sequence[Point], log: bool = False, own: bool = False) -> float:
         """The area below the front of ``points``; see :func:`area`.
 
         The fastest point of all heuristics belongs to every front: with everything unmasked at once no rule and no
@@ -180,7 +180,7 @@ class Cell:
         return area(pareto([*points, *start]), self.length, log)
 
 
-def lower_end(point: Row) -> float:
+def lower_end(point: Point) -> float:
     """Of a point's 95 % interval; of the exact binomial one where all are solved (a bootstrap has no width there)."""
     return point["accuracy_low"] if point["accuracy"] < 1 else 0.025 ** (1 / point["examples"])
 
@@ -190,13 +190,13 @@ def words(name: str) -> str:
     return name.replace("semi_autoregressive", "semi-autoregressive").replace("_", " ")
 
 
-def cells(rows: Sequence[Row]) -> list[Cell]:
+def cells(rows: Sequence[Point]) -> list[Cell]:
     """The cells of a table, in its order: heuristics, and policies where they were trained."""
     chosen = [row for row in better_decoding(rows) if row["world"] is None and row["kind"] != "transfer"]
     return [cell_of(members) for members in group_by(chosen, "task", "env").values()]
 
 
-def cell_of(rows: Sequence[Row]) -> Cell:
+def cell_of(rows: Sequence[Point]) -> Cell:
     """Test rows of one task and env as a cell."""
     cell = Cell(rows[0]["task"], rows[0]["env"], rows[0]["length"])
     for (family,), points in group_by(rows, "family").items():
@@ -224,7 +224,7 @@ class Transfer:
     native: Cell | None
 
 
-def transfers(rows: Sequence[Row]) -> list[Transfer]:
+def transfers(rows: Sequence[Point]) -> list[Transfer]:
     """Every move of a table, in its order."""
     chosen, native = better_decoding(rows), {(cell.task, cell.env): cell for cell in cells(rows)}
     result = []
@@ -402,13 +402,13 @@ def order(cell: Cell) -> list[Finding]:
     return found
 
 
-def falls(points: Sequence[Row]) -> bool:
+def falls(points: Sequence[Point]) -> bool:
     """Whether NFE falls, nowhere rising, as alpha rises."""
     nfe = [point["nfe"] for point in sorted(points, key=lambda p: p["alpha"])]
     return all(b <= a for a, b in zip(nfe, nfe[1:], strict=False)) and nfe[-1] < nfe[0]
 
 
-def quick(rows: Sequence[Row], minutes: float) -> list[Finding]:
+def quick(rows: Sequence[Point], minutes: float) -> list[Finding]:
     """A figure 1 whose learned policies are above the heuristics in the fast regime, within 15 minutes."""
     found = []
     for cell in cells(rows):

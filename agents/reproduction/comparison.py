@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation import read_rows
+from agents.evaluation import read_points
 from agents.fronts import POLICY, by_run, decoding
 from agents.runs.strangers import Allowed, read_config, read_overrides
 from dllm_gym.runs.files import read
@@ -85,7 +85,7 @@ def read_evaluation(folder: Path, evaluated: str, allowed: Allowed) -> list[Run]
     path = folder / "results.json"
     config, choices = read_settings(folder, allowed)
     outcome = {name: value for name, value in config.items() if name not in ASIDE}
-    rows = read_rows(path, ("accuracy", "nfe", "reward"))
+    rows = read_points(path, ("accuracy", "nfe", "reward"))
     found = {}
     for run, own in by_run(rows).items():
         found[f"{POLICY}({run})" if run else POLICY] = played_best(own, evaluated, path)
@@ -119,7 +119,7 @@ def read_settings(folder: Path, allowed: Allowed) -> tuple[dict[str, Any], dict[
 def measure(folder: Path, evaluated: str) -> dict[str, float]:
     """Accuracy, NFE and reward of a run's policy, and what its training took."""
     path = folder / "results.json"
-    row = played_best(read_rows(path, ("accuracy", "nfe", "reward")), evaluated, path)
+    row = played_best(read_points(path, ("accuracy", "nfe", "reward")), evaluated, path)
     total = totals(folder / "metrics.csv", ("episodes", "row_forwards", "seconds"))
     return {
         **{name: row[name] for name in ("accuracy", "nfe", "reward")},

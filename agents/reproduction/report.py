@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.fronts import Row
+from agents.fronts import Point
 from agents.pictures import COLOURS, MARKERS
 from agents.reproduction.claims import (
     CLAIMS,
@@ -78,11 +78,11 @@ class Evidence:
         settings: the overrides of the jobs, as YAML. title: of the page.
     """
 
-    rows: list[Row]
+    rows: list[Point]
     trainings: list[Training]
     minutes: list[float]
     jobs: tuple[int, int]
-    quick: tuple[list[Row], float] | None
+    quick: tuple[list[Point], float] | None
     notes: Mapping[str, str]
     settings: str
     title: str = "Results"
@@ -116,7 +116,7 @@ def draw_front(cell: Cell, path: Path) -> None:
     save()
 
 
-def bars(axes: Any, points: Sequence[Row], label: str, **style: Any) -> None:
+def bars(axes: Any, points: Sequence[Point], label: str, **style: Any) -> None:
     """Points with their 95 % intervals of accuracy."""
     x, y, low, high = (np.array([p[k] for p in points]) for k in ("nfe", "accuracy", "accuracy_low", "accuracy_high"))
     axes.errorbar(x, y, yerr=(np.maximum(y - low, 0), np.maximum(high - y, 0)), label=label, elinewidth=1, **style)
@@ -216,7 +216,7 @@ def policies_table(cell: Cell) -> str:
     return table(rows)
 
 
-def spread(point: Row, name: str, digits: int) -> str:
+def spread(point: Point, name: str, digits: int) -> str:
     deviation = point[f"{name}_sd"]
     return f"{point[name]:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
