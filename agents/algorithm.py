@@ -25,7 +25,7 @@ class Algorithm:
         descent: gradient steps along the algorithm's loss.
 
     Attributes:
-        observes: observation entries that rollouts have to record.
+        observes: observation entries that rollouts have to record; None: all.
         compares: whether it learns from differences within a group only, so that equal rewards teach it nothing.
         requires: settings of the environment that it needs besides the policy's, as the least value of each.
     """
@@ -35,7 +35,7 @@ class Algorithm:
 
     def __init__(self, actor: ProbabilisticActor, descent: Descent):
         self.actor, self.descent = actor, descent
-        self.observes = list(actor.in_keys)
+        self.observes: list[str] | None = list(actor.in_keys)
 
     def players(self, policy: PolicyDecider, group_size: int) -> list[tuple[Player, int]]:
         """Who plays the round's episodes, and how many of each prompt: by default the policy, ``group_size`` times.
@@ -59,7 +59,8 @@ class Algorithm:
 
         Args:
             batch: [E, T] with the entries of ``observes``, ``action``, ``action_log_prob`` float, ``active`` bool
-                (False behind an episode's end) and ``expert`` bool (played by another than the policy).
+                (False behind an episode's end), ``expert`` bool (played by another than the policy) and ``score`` float
+                (the episode's; 0 behind its end where another one is longer).
             reward: float [E]. group: int64 [E], equal for episodes of one prompt.
 
         Returns:

@@ -104,7 +104,7 @@ class GRPO(Algorithm):
         If no group is informative nothing is learnt, and the metrics of a gradient step are absent.
         """
         advantage, informative = group_advantage(reward, group, self.normalize)
-        batch = batch.select(*self.actor.in_keys, *self.observes, "action", "action_log_prob", "active")
+        batch = batch.select(*self.actor.in_keys, *(self.observes or ()), "action", "action_log_prob", "active")
         batch["advantage"] = per_step(advantage, batch)
         batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
         # Without a reference a group whose rewards are all equal has no gradient: its steps need no forward.

@@ -53,7 +53,10 @@ class Demonstration:
 
 
 class Imitation(Algorithm):
-    """Maximum likelihood of an expert's actions on the expert's own trajectories (the offline baseline of OnTrack).
+    """Maximum likelihood of an expert's actions on the expert's own trajectories (behaviour cloning).
+
+    Every episode counts, however it ends; :class:`~agents.ontrack.OnTrack` learns from those that end well.
+
 
     The trained policy is a warm start for every other algorithm: ``agent.warm_start=<run folder>``.
 

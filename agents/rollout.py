@@ -119,7 +119,7 @@ class Episodes:
     """What an algorithm learns from: E recorded episodes.
 
     Attributes:
-        batch: [E, T] as ``rollout`` returns it, and ``expert`` bool [E, T].
+        batch: [E, T] as ``rollout`` returns it, ``expert`` bool [E, T] and ``score`` float32 [E, T], each episode's.
         reward: float32 [E]. group: int64 [E], equal for episodes of one prompt.
         results: of every episode that the first player played for it, those that were dropped since among them.
     """
@@ -166,6 +166,7 @@ def play_groups(
         own_alphas = None if alphas is None else np.repeat(alphas, count).tolist()
         batch, results = rollout(env, player, np.repeat(prompts, count).tolist(), own_seed, observes, alphas=own_alphas)
         batch["expert"] = torch.full(batch.shape, number > 0, device=env.device)
+        batch["score"] = results.score[:, None].expand(batch.shape)
         group = torch.arange(len(prompts), device=env.device).repeat_interleave(count)
         parts.append(Episodes(batch, results.reward, group, [results] if number == 0 else []))
     return join(parts)

@@ -60,10 +60,14 @@ class DiTConfidence(Policy):
             the structure that confidences lack, such as which sum a digit belongs to. 0: not read. (None stands for the
             model's own in configurations; a network has to be told.)
         blocks: how many DiT blocks; LUP has one.
+        hidden_size: width of the dLLM's last hidden states (``DLLM.hidden_size``), to read them as well, through a
+            linear map to ``width``. With LLaDA-8B's 4096 the network has 855,681 parameters. 0: not read. (None stands
+            for the model's own in configurations; a network has to be told.)
         candidates: see ``Policy``.
 
     Raises:
-        ValueError: a setting is out of range, or (on call) the observation has fewer than ``top_k`` confidences.
+        ValueError: a setting is out of range, or (on call) the observation has fewer than ``top_k`` confidences, or
+            hidden states of another width.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class DiTConfidence(Policy):
         haste: float | None = 0.0,
         vocab_size: int | None = 0,
         blocks: int = 1,
+        hidden_size: int | None = 0,
         candidates: int | None = None,
     ):
         check_heads("width", width, heads)
@@ -90,6 +95,7 @@ class DiTConfidence(Policy):
         if not whole("top_k", top_k, least=0) and not absolute_positions:
             raise ValueError("top_k=0: a network that reads no confidences needs absolute_positions=True")
         vocab_size = whole("vocab_size", vocab_size, least=0)
+        hidden_size = whole("hidden_size", hidden_size, least=0)
         number("time_period", time_period, above=0)
         for name, weight in (("odds", odds), ("bound", bound), ("haste", haste)):
             number(name, weight, least=0)
@@ -98,9 +104,10 @@ class DiTConfidence(Policy):
         preference = flag("preference", preference)
         if haste and not preference:
             raise ValueError(f"haste={haste} weighs the preference: it needs preference=True")
-        more = {"action_mask": joint or bound > 0, "tokens": vocab_size > 0, "preference": preference}
+        more = {"action_mask": joint or bound > 0, "tokens": vocab_size > 0, "hidden": hidden_size > 0}
+        more["preference"] = preference
         self.reads = (*type(self).reads, *[name for name, wanted in more.items() if wanted])
-        super().__init__(candidates=candidates, top_k=top_k, vocab_size=vocab_size)
+        super().__init__(candidates=candidates, top_k=top_k, hidden_size=hidden_size, vocab_size=vocab_size)
         self.time_period, self.joint, self.odds, self.bound, self.haste = time_period, joint, odds, bound, haste
         self.input = nn.Linear(top_k + joint + preference, width)
         self.mask_embedding = nn.Embedding(2, width)
@@ -108,6 +115,7 @@ class DiTConfidence(Policy):
         self.preference_mlp = _time_mlp(width) if preference else None
         self.place = nn.Linear(width, width) if absolute_positions else None
         self.token_embedding = nn.Embedding(vocab_size, width) if vocab_size else None
+        self.hidden_input = nn.Linear(hidden_size, width) if hidden_size else None
         self.block = DiTBlock(width, ffn, heads)
         self.deeper = nn.ModuleList(DiTBlock(width, ffn, heads) for _ in range(blocks - 1))
         self.final_norm = nn.LayerNorm(width)
@@ -136,6 +144,8 @@ class DiTConfidence(Policy):
         x = self.input(torch.cat(numbers, dim=-1).to(self.head.weight.dtype))
         if self.place is not None:
             x = x + self.place(places(x))
+        if self.hidden_input is not None:
+            x = x + self.hidden_input(seen["hidden"].to(x.dtype))
         if self.token_embedding is None:
             return x
         try:

@@ -33,6 +33,7 @@ _ADDED = {
     "haste": 0.0,
     "vocab_size": 0,
     "blocks": 1,
+    "hidden_size": 0,
     "absolute_positions": False,
 }
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature

@@ -24,17 +24,18 @@ def choices(group: str) -> list[str]:
 
 
 ONE_BY_ONE = ("dpls", "one_position")  # ordered or single picks: a set of several is no action of theirs
+TAUGHT = ("grpo_es", "imitation", "ontrack")
 REASONS = {
     **{("upo", d): "use distribution=one_position" for d in choices("distribution") if d != "one_position"},
-    **{(a, d): "never takes the actions of the expert" for a in ("grpo_es", "imitation") for d in ONE_BY_ONE},
+    **{(a, d): "never takes the actions of the expert" for a in TAUGHT for d in ONE_BY_ONE},
 }
 
 
 class Checksum(Sudoku):
-    """Grades any text by its checksum, so that all episodes differ."""
+    """Grades any text by its checksum: half of the answers are right, all other episodes differ."""
 
     def grade(self, example, completion):
-        return zlib.crc32(completion.encode()) % 1000 / 1000
+        return min(1.0, zlib.crc32(completion.encode()) % 1000 / 500)
 
 
 @pytest.fixture(scope="module")
