@@ -23,6 +23,15 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     return int(value)
 
 
+def span(name: str, low: Any, high: Any, least: int = 1, most: float = math.inf) -> tuple[int, int]:
+    """The whole numbers ``min_name`` and ``max_name``, with least <= min_name <= max_name <= most."""
+    pair = whole(f"min_{name}", low, least=0), whole(f"max_{name}", high, least=0)
+    if not least <= pair[0] <= pair[1] <= most:
+        bounds = f"{least} <= min_{name} <= max_{name}" + (f" <= {most}" if most < math.inf else "")
+        raise ValueError(f"min_{name}={low}, max_{name}={high}: need {bounds}")
+    return pair
+
+
 def seed(name: str, value: Any) -> int:
     """A seed of random streams."""
     return whole(name, value, least=0, most=LARGEST_SEED)

@@ -13,15 +13,14 @@ from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 class NearBest(Rule):
     """Everything whose confidence is at least ``share`` of the row's largest one."""
 
+    label = "near_best"  # tables call it near_best(0.9)
+
     def __init__(self, share: float = 0.9):
         self.share = share
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         confidence = observation["confidence"][..., 0].masked_fill(~legal, 0.0)  # (.., L)
         return legal & (confidence >= self.share * confidence.amax(-1, keepdim=True))
-
-    def __str__(self) -> str:
-        return f"near_best({self.share:g})"
 
 
 def main(examples: int = 200) -> dict[str, tuple[float, float]]:

@@ -133,7 +133,6 @@ class Published(Policy):
     def __init__(
         self,
         width: int,
-        *,
         num_blocks: int,
         time_embed_dim: int,
         time_period: float,
@@ -250,16 +249,8 @@ class DiTConfidenceLUP(Published):
         check_heads("width", width, heads)
         check_counts(ffn=ffn, top_k=top_k)
         number("dropout", dropout, least=0, most=1)
-        super().__init__(
-            width,
-            num_blocks=num_blocks,
-            time_embed_dim=time_embed_dim,
-            time_period=time_period,
-            full_context=full_context,
-            block_length=block_length,
-            candidates=candidates,
-            top_k=top_k,
-        )
+        condition = (num_blocks, time_embed_dim, time_period, full_context, block_length)
+        super().__init__(width, *condition, candidates=candidates, top_k=top_k)
         self.input = nn.Linear(top_k, width)
         blocks = [ModulatedBlock(width, ffn, heads, dropout) for _ in range(num_blocks)]
         self.blocks = nn.ModuleList(blocks)
@@ -320,16 +311,8 @@ class DiTHiddenLUP(Published):
     ):
         width = check_hidden_size(hidden_size)
         own = check_own_block(width, own_block)
-        super().__init__(
-            width,
-            num_blocks=num_blocks,
-            time_embed_dim=time_embed_dim,
-            time_period=time_period,
-            full_context=full_context,
-            block_length=block_length,
-            candidates=candidates,
-            hidden_size=width,
-        )
+        condition = (num_blocks, time_embed_dim, time_period, full_context, block_length)
+        super().__init__(width, *condition, candidates=candidates, hidden_size=width)
         self.blocks = nn.ModuleList(LlamaBlock(width, **own) for _ in range(num_blocks))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_blocks + 1))
         modulations = [nn.Linear(width, 2 * width) for _ in range(num_blocks + 1)]

@@ -27,7 +27,14 @@ def _check_alpha(alpha: float | Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Multiplicative:
+class _Weighted:
+    alpha: float | Tensor = 1.0
+
+    def __post_init__(self):
+        _check_alpha(self.alpha)
+
+
+class Multiplicative(_Weighted):
     """score * ((L - min(T, L) + 1) / L) ** alpha, the main reward of *Learning Unmasking Policies*.
 
     A wrong answer earns nothing however fast; alpha = 0 is plain correctness. Called with the score float32 [n] in
@@ -38,29 +45,18 @@ class Multiplicative:
         ValueError: alpha is negative or not finite.
     """
 
-    alpha: float | Tensor = 1.0
-
-    def __post_init__(self):
-        _check_alpha(self.alpha)
-
     def __call__(self, score: Tensor, steps: Tensor, length: int | Tensor) -> Tensor:
         # float64: float32 powers differ in the last bit with the batch size, which would tell equal episodes apart
         speed = (length - steps.clamp_max(length) + 1).double() / length
         return (score * speed**self.alpha).float()
 
 
-@dataclass(frozen=True)
-class Additive:
+class Additive(_Weighted):
     """score - alpha * T / L, the ablation of *Learning Unmasking Policies*: wrong answers gain by speed as well.
 
     Raises:
         ValueError: alpha is negative or not finite.
     """
-
-    alpha: float | Tensor = 1.0
-
-    def __post_init__(self):
-        _check_alpha(self.alpha)
 
     def __call__(self, score: Tensor, steps: Tensor, length: int | Tensor) -> Tensor:
         return (score - self.alpha * steps / length).float()

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 
-from dllm_gym.checks import whole
+from dllm_gym.checks import span
 from dllm_gym.tasks.base import Example, ProceduralTask
 
 BLOCK = 12  # tokens: L is a multiple of it, so that semi-autoregressive blocks fit
@@ -36,16 +36,7 @@ class Arithmetic(ProceduralTask):
         self, min_operations: int = 1, max_operations: int = 4, seed: int = 0, sizes: Mapping[str, int] | None = None
     ):
         super().__init__(seed, sizes)
-        if (
-            not 1
-            <= whole("min_operations", min_operations, least=0)
-            <= whole("max_operations", max_operations, least=0)
-        ):
-            raise ValueError(
-                f"min_operations={min_operations}, max_operations={max_operations}: "
-                "need 1 <= min_operations <= max_operations"
-            )
-        self.min_operations, self.max_operations = min_operations, max_operations
+        self.min_operations, self.max_operations = span("operations", min_operations, max_operations)
         longest = len(self.solution({"chain": "9" + "+9" * max_operations})) + 1  # and an EOS
         self.gen_length = max(Arithmetic.gen_length, BLOCK * math.ceil(longest / BLOCK))
 

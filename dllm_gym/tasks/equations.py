@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 
-from dllm_gym.checks import number, whole
+from dllm_gym.checks import number, span
 from dllm_gym.tasks.blanks import BLANK, Infilling
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -51,13 +51,10 @@ class Equations(Infilling):
         sizes: Mapping[str, int] | None = None,
     ):
         super().__init__(seed, sizes)
-        if not 1 <= whole("min_equations", min_equations) <= whole("max_equations", max_equations):
-            raise ValueError(
-                f"min_equations={min_equations}, max_equations={max_equations}: need min_equations <= max_equations"
-            )
+        self.min_equations, self.max_equations = span("equations", min_equations, max_equations)
         if not isinstance(operations, str) or not operations or set(operations) - set(OPERATIONS):
             raise ValueError(f"operations={operations!r}: need some of {''.join(OPERATIONS)}")
-        self.min_equations, self.max_equations, self.operations = min_equations, max_equations, operations
+        self.operations = operations
         self.two_digits = number("two_digits", two_digits, least=0, most=1)
         self.most_shown = number("most_shown", most_shown, least=0, most=1)
 

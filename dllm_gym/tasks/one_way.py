@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Mapping
 
-from dllm_gym.checks import number, whole
+from dllm_gym.checks import number, span
 from dllm_gym.tasks.base import Example
 from dllm_gym.tasks.blanks import BLANK, Infilling
 
@@ -54,11 +54,7 @@ class OneWay(Infilling):
         sizes: Mapping[str, int] | None = None,
     ):
         super().__init__(seed, sizes)
-        if not 1 <= whole("min_equations", min_equations) <= whole("max_equations", max_equations):
-            raise ValueError(
-                f"min_equations={min_equations}, max_equations={max_equations}: need min_equations <= max_equations"
-            )
-        self.min_equations, self.max_equations = min_equations, max_equations
+        self.min_equations, self.max_equations = span("equations", min_equations, max_equations)
         self.most_shown = number("most_shown", most_shown, least=0, most=1)
         self.gen_length = LONGEST * max_equations + max_equations % 2  # even, for blocks
 

@@ -8,7 +8,7 @@ from functools import reduce
 from itertools import permutations
 from operator import and_
 
-from dllm_gym.checks import choice, flag, whole
+from dllm_gym.checks import choice, flag, span
 from dllm_gym.tasks.base import Example, ProceduralTask
 from dllm_gym.tasks.blanks import BLANK, pieces
 
@@ -100,11 +100,7 @@ class Sudoku(ProceduralTask):
         score: str = "solved",
     ):
         super().__init__(seed, sizes)
-        if not 0 <= whole("min_givens", min_givens, least=0) <= whole("max_givens", max_givens, least=0) <= 16:
-            raise ValueError(
-                f"min_givens={min_givens}, max_givens={max_givens}: need 0 <= min_givens <= max_givens <= 16"
-            )
-        self.min_givens, self.max_givens = min_givens, max_givens
+        self.min_givens, self.max_givens = span("givens", min_givens, max_givens, least=0, most=16)
         self.filled, self.unique = flag("template", template), flag("unique", unique)
         self.score = choice("score", score, ("solved", "cells"))
         if self.unique and max_givens < FEWEST:

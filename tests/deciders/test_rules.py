@@ -30,10 +30,12 @@ from dllm_gym.deciders.rules import (
     MarginThreshold,
     NegativeEntropy,
     Random,
+    Rule,
     Saber,
     Spaced,
     Threshold,
     TopK,
+    make_rule,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -571,3 +573,21 @@ def test_every_rule_is_on_the_grids_and_the_grid_of_all_holds_the_others():
     for name, rules in grids.items():
         names = [str(hydra.utils.instantiate(rule)) for rule in rules]
         assert len(set(names)) == len(names), name
+
+
+def test_a_rule_is_called_by_its_label_and_its_arguments():
+    class Own(Rule):
+        label = "own_for_this_test"
+
+        def __init__(self, rule: Rule, share: float = 0.5, k: int = 2):
+            self.rule, self.share, self.k = rule, share, k
+
+    class Hidden(Own):
+        label = "hidden_for_this_test"
+
+        def __init__(self, secret: int = 1):
+            super().__init__(TopK(secret))
+
+    assert str(Own(Threshold(1))) == "own_for_this_test(threshold(1), 0.5, 2)"
+    assert str(make_rule(str(Own(Klass(0.6, 0.015, 3), k=4)))) == "own_for_this_test(klass(0.6, 0.015, 3), 0.5, 4)"
+    assert "Hidden object" in str(Hidden())

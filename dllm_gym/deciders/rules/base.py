@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -94,6 +95,13 @@ class Rule:
         """
         legal = observation["action_mask"] != 0
         return self.choose(observation, noise, legal).to(torch.int8)
+
+    def __str__(self) -> str:
+        """``label(arguments)``; a rule that does not keep them under their names writes this itself."""
+        names = inspect.signature(type(self)).parameters
+        if not self.label or not all(hasattr(self, name) for name in names):
+            return super().__str__()
+        return f"{self.label}({', '.join(str(getattr(self, name)) for name in names)})"
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         """bool [.., L] within ``legal`` (bool [.., L])."""

@@ -29,9 +29,6 @@ class Threshold(Rule):
         confidence = observation["confidence"][..., 0]  # (.., L)
         return or_else_one(legal & (confidence >= self.threshold), confidence, legal)
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.threshold!r})"
-
 
 class Factor(Rule):
     """The n most confident legal positions, with the largest n whose weakest one still allows n at once.
@@ -58,9 +55,6 @@ class Factor(Rule):
         allowed = (n + 1) * (1 - confidence.gather(-1, order)) < self.factor  # (.., L)
         return or_else_one(torch.zeros_like(legal).scatter(-1, order, allowed) & legal, confidence, legal)
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.factor!r})"
-
 
 class EntropyBounded(Rule):
     """As many positions, the most confident first, as keep the entropy that is decided blindly within a bound.
@@ -75,22 +69,16 @@ class EntropyBounded(Rule):
 
     label = "eb"
     draws = False
+    requires = {"entropy": 1}
 
     def __init__(self, gamma: float = 0.1):
         self.gamma = number("gamma", gamma, least=0)
-
-    @property
-    def requires(self) -> dict[str, int]:
-        return {"entropy": 1}
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         order = best_first(observation["confidence"][..., 0], legal)
         entropy = self.read(observation, "entropy").gather(-1, order)  # (.., L), legal positions first
         within = entropy.cumsum(-1) - entropy.cummax(-1).values <= self.gamma
         return torch.zeros_like(legal).scatter(-1, order, within) & legal
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.gamma!r})"
 
 
 class Klass(Rule):
@@ -160,9 +148,6 @@ class Joint(Rule):
         """Float [.., L]: the chance of the prefix that ends with a position, falling along the order."""
         return joint_confidence(confidence, legal) * confidence
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.p!r})"
-
 
 class JointButOne(Joint):
     """:class:`Joint` without the least sure of its members, the last one: one doubt per step is free.
@@ -190,20 +175,14 @@ class EntropyThreshold(Rule):
 
     label = "entropy_threshold"
     draws = False
+    requires = {"entropy": 1}
 
     def __init__(self, entropy: float = 0.5):
         self.entropy = number("entropy", entropy, least=0)
 
-    @property
-    def requires(self) -> dict[str, int]:
-        return {"entropy": 1}
-
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         entropy = self.read(observation, "entropy")
         return or_else_one(legal & (entropy <= self.entropy), -entropy, legal)
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.entropy!r})"
 
 
 class MarginThreshold(Rule):
@@ -217,20 +196,14 @@ class MarginThreshold(Rule):
 
     label = "margin_threshold"
     draws = False
+    requires = {"margin": 1}
 
     def __init__(self, margin: float = 0.5):
         self.margin = number("margin", margin, least=0, most=1)
 
-    @property
-    def requires(self) -> dict[str, int]:
-        return {"margin": 1}
-
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         margin = self.read(observation, "margin")
         return or_else_one(legal & (margin >= self.margin), margin, legal)
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.margin!r})"
 
 
 class Saber(Rule):
@@ -245,13 +218,10 @@ class Saber(Rule):
 
     label = "saber"
     draws = False
+    requires = {"committed": 1}
 
     def __init__(self, n: int = 2):
         self.n = whole("n", n)
-
-    @property
-    def requires(self) -> dict[str, int]:
-        return {"committed": 1}
 
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         confidence = observation["confidence"][..., 0]
@@ -259,6 +229,3 @@ class Saber(Rule):
         count = (committed > 0).sum(-1, keepdim=True)
         mean = torch.where(count > 0, committed.sum(-1, keepdim=True) / count.clamp_min(1), 1.0)
         return (legal & (confidence > mean)) | first_k(confidence, legal, self.n)
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.n})"

@@ -29,9 +29,6 @@ class PerStep(Rule):
     def choose(self, observation: Observation, noise: Tensor, legal: Tensor) -> Tensor:
         return first_k(self.score(observation, noise), legal, self.k)
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.k})"
-
     def score(self, observation: Observation, noise: Tensor) -> Tensor:
         """Float [.., L]; higher is unmasked first."""
         raise NotImplementedError
@@ -71,10 +68,7 @@ class Margin(PerStep):
 
     label = "margin"
     draws = False
-
-    @property
-    def requires(self) -> dict[str, int]:
-        return {"margin": 1}
+    requires = {"margin": 1}
 
     def score(self, observation: Observation, noise: Tensor) -> Tensor:
         return self.read(observation, "margin")
@@ -85,10 +79,7 @@ class NegativeEntropy(PerStep):
 
     label = "entropy"
     draws = False
-
-    @property
-    def requires(self) -> dict[str, int]:
-        return {"entropy": 1}
+    requires = {"entropy": 1}
 
     def score(self, observation: Observation, noise: Tensor) -> Tensor:
         return -self.read(observation, "entropy")
@@ -134,9 +125,6 @@ class CertaintyPrior(PerStep):
         # Whole numbers: their sums are exact, so they do not depend on how a batch is added up.
         return confidence.double() * (known @ (weight * FINE).round().mT)
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.sigma!r}, {self.k})"
-
 
 class Growing(Rule):
     """The most confident legal positions: 1 in the first step, ``factor`` times as many in each step after.
@@ -159,9 +147,6 @@ class Growing(Rule):
         count = torch.tensor([int(power) for power in powers], device=legal.device)  # (L + 1,)
         step = steps_so_far(observation, length).clamp_max(length)
         return first_k(observation["confidence"][..., 0], legal, count[step])
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.factor!r})"
 
 
 class Fixed(Rule):

@@ -41,9 +41,6 @@ class Blockwise(Rule):
         shown = (legal & (block == active)).to(torch.int8)
         return self.rule({**observation, "action_mask": shown}, noise) != 0
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.rule}, {self.block_length})"
-
 
 class Hierarchical(Rule):
     """The best position of every run of masks, so that far ones go together (dInfer's hierarchical decoding).
@@ -76,9 +73,6 @@ class Hierarchical(Rule):
         sure = (best & (confidence > self.low)) | (legal & (confidence > self.high))
         return sure | first_k(confidence, legal, 1)
 
-    def __str__(self) -> str:
-        return f"{self.label}({self.high!r}, {self.low!r})"
-
 
 class LocalLeap(Rule):
     """All legal positions that are confident, and those near to one of them that are nearly so, else the best one.
@@ -108,9 +102,6 @@ class LocalLeap(Rule):
         left, right = (position - self.radius).clamp_min(0), (position + self.radius + 1).clamp_max(length)
         near = upto[..., right] > upto[..., left]
         return or_else_one(anchors | (legal & near & (confidence >= self.relaxed)), confidence, legal)
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.anchor!r}, {self.radius}, {self.relaxed!r})"
 
 
 class Spaced(Rule):
@@ -147,6 +138,3 @@ class Spaced(Rule):
             close = (kept & ((position - at).abs() < self.gap)).any(-1, keepdim=True)
             kept |= (position == at) & picked & ~close
         return kept
-
-    def __str__(self) -> str:
-        return f"{self.label}({self.rule}, {self.gap})"
