@@ -12,7 +12,6 @@ command in the same folder (hydra.run.dir=...) plays only what is not there yet.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command import command, console
@@ -94,10 +93,11 @@ def policies(
 
 def labels(checkpoints: list[str]) -> list[str]:
     """How the table tells checkpoints apart: RUN@100 without the folders above; nothing if there is only one."""
+    from run_folder import short
+
     if len(checkpoints) < 2:
         return [""] * len(checkpoints)
-    paths = [Path(name) for name in checkpoints]
-    names = [f"{p.parents[1].name}@{p.name}" if p.parent.name == "checkpoints" else p.name for p in paths]
+    names = [short(name) for name in checkpoints]
     return names if len(set(names)) == len(names) else checkpoints
 
 

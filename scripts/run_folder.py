@@ -190,6 +190,12 @@ def is_alone(name: str) -> bool:
     return (Path(name) / SETTINGS).is_file() or name in shipped() or bool(remote)
 
 
+def short(name: str) -> str:
+    """How tables and pages call a checkpoint: RUN@100 without the folders above."""
+    path = Path(name)
+    return f"{path.parents[1].name}@{path.name}" if path.parent.name == CHECKPOINTS else path.name
+
+
 def config_of(policy: Policy, cfg: DictConfig) -> DictConfig:
     """The part of a run's configuration that a policy knows about itself; ``cfg`` says the rest."""
     manner = policy.manner

@@ -243,6 +243,35 @@ def test_watch_replays_one_decoding(tmp_path):
     assert picture.read_bytes().startswith(b"GIF89a")
 
 
+def test_watch_writes_a_video(tmp_path, monkeypatch):
+    av = pytest.importorskip("av", reason="needs the extra video")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    film = tmp_path / "replay.mp4"
+    call("watch", tmp_path, "example=3", "fps=4", f"mp4={film}")
+    with av.open(film) as video:
+        frames = [frame.to_ndarray(format="gray").astype(int) for frame in video.decode(video=0)]
+        seconds = float(video.duration / 1e6)
+    changes = sum(abs(one - two).mean() > 1 for one, two in zip(frames, frames[1:], strict=False))
+    assert 3 < changes == len(frames) - 10 and seconds == pytest.approx(len(frames) / 4)  # rests for 2.5 s
+
+
+def test_a_video_without_its_packages_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"mp4=.*pip install -e '\.\[video\]'"):
+        call("watch", tmp_path, f"mp4={tmp_path / 'replay.mp4'}")
+
+
+def test_the_page_of_a_run_shows_how_it_learned(trained, tmp_path):
+    file = tmp_path / "race.html"
+    call("watch", tmp_path, f"checkpoint={trained}", f"html={file}", 'against=["joint(0.4)"]', "examples=1")
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', file.read_text(), re.DOTALL)[1])
+    with (trained / "metrics.csv").open() as rows:
+        rewards = [float(row["reward"]) for row in csv.DictReader(rows)]
+    (curve,) = data["curves"]
+    assert data["deciders"] == ["train", "joint(0.4)"] and curve["name"] == "train" and curve["round"] == [0, 1]
+    assert curve["reward"] == pytest.approx(rewards, abs=1e-4)
+
+
 def test_plot_draws_results_again(trained, tmp_path):
     run("plot.py", f"results={trained / 'results.json'}", f"picture={tmp_path / 'again.png'}")
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
