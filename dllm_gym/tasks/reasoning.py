@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from dllm_gym.checks import choice, whole
 from dllm_gym.tasks.base import Example, ProceduralTask
@@ -17,6 +21,7 @@ from dllm_gym.tasks.grading.workers import Pool, puzzles, sealed
 POOL = Pool("reasoning", seconds=5.0)  # of processor time for one answer
 KEPT = 5_000  # puzzles
 ITEMS = 1_000_000  # of a generator, unless its options say otherwise
+ONE_AT_A_TIME = threading.Lock()
 
 
 class ReasoningGym(ProceduralTask):
@@ -99,7 +104,8 @@ class ReasoningGym(ProceduralTask):
     def _puzzle(self, item: int) -> dict[str, Any]:
         """An item of the generator; those asked for last are kept, some take long to make."""
         if item not in self._puzzles:
-            self._puzzles[item] = self.generator[item]
+            with global_streams(item):
+                self._puzzles[item] = self.generator[item]
             while len(self._puzzles) > KEPT:
                 del self._puzzles[next(iter(self._puzzles))]
         return self._puzzles[item]
@@ -123,6 +129,24 @@ class ReasoningGym(ProceduralTask):
             for example, text in zip(examples, completions, strict=True)
         ]
         return [min(1.0, max(0.0, score or 0.0)) for score in POOL.ask_all(questions)]
+
+
+@contextmanager
+def global_streams(seed: int) -> Iterator[None]:
+    """The global generators of Python and NumPy begin at ``seed`` within it, and are as they were behind it.
+
+    An item is to be the same puzzle whenever it is made, but ``list_functions`` draws from Python's generator, and
+    ``pool_matrix`` seeds NumPy's.
+    """
+    with ONE_AT_A_TIME:
+        before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002  (the very one that they use)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)  # noqa: NPY002
 
 
 def answer_of(text: str) -> str:

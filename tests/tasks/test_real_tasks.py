@@ -663,9 +663,7 @@ def test_the_own_answer_of_every_generator_scores_one(reasoning):
     without, wrong = [], []
     for dataset in sorted(set(DATASETS) - {"composite"}):  # which asks for datasets of its own
         task = ReasoningGym(dataset, options={"size": 1})
-        puzzle = task.generator[0]
-        answer = "" if puzzle["answer"] is None else str(puzzle["answer"])
-        example = {"question": puzzle["question"], "answer": answer, "item": 0}
+        example = task.generate(random.Random(0))
         try:
             wrong += [dataset] if task.grade(example, task.solution(example)) != 1 else []
         except ValueError as error:
@@ -673,6 +671,21 @@ def test_the_own_answer_of_every_generator_scores_one(reasoning):
             without.append(dataset)
     assert wrong == []
     assert without == ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"]
+
+
+@pytest.mark.parametrize("dataset", ["list_functions", "pool_matrix"])
+def test_an_item_is_the_same_puzzle_whenever_it_is_made_and_no_stream_of_the_user_moves(reasoning, dataset):
+    made = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        task = ReasoningGym(dataset, options={"size": 20}, sizes={"train": 2, "validation": 2, "test": 2})
+        made.append([task.generate(random.Random(item)) for item in range(40)])
+        drawn = random.random(), np.random.random()  # noqa: NPY002
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        assert drawn == (random.random(), np.random.random())  # noqa: NPY002
+    assert made[0] == made[1]
 
 
 def test_answers_of_unusual_form_score_one(reasoning):
