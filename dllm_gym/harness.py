@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -29,6 +26,14 @@ from dllm_gym.decode import Decoded, Decoder
 from dllm_gym.models import DLLM
 from dllm_gym.models.spelling import in_template
 from dllm_gym.prompt import Chat
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    end = SystemExit if __name__ == "__main__" else ImportError
+    raise end("dllm_gym.harness needs lm-evaluation-harness: pip install 'dllm_gym[lm-eval]'") from error
 
 log = logging.getLogger("lm_eval.dllm_gym")  # the harness shows what is logged below its own name
 

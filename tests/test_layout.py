@@ -149,6 +149,15 @@ def test_examples_in_docstrings_run(path):
     assert result.attempted or path not in SHOWN or path.stem in ("__init__", "base"), "show how it is used"
 
 
+def test_a_program_whose_extra_is_missing_says_so_in_one_line():
+    start = (
+        "import runpy, sys\nsys.modules['lm_eval'] = None\nrunpy.run_module('dllm_gym.harness', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "pip install 'dllm_gym[lm-eval]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 COMMANDS = [path for path in SCRIPTS if path.stem == "command" or "command.command" in imports(path)]
 
@@ -172,11 +181,14 @@ def test_every_command_starts_before_what_takes_seconds(path):
         ("plot", "results=a.json", "plot: results=a.json\n"),
         ("reproduce", "folder=mine", "reproduce: folder=mine\n"),
         ("benchmark", "threads=1", "benchmark: measure=['embedded'] in outputs/benchmark/"),
+        ("decode", "decider=threshold", "decode: decider=threshold\n"),
+        ("pretrain_tiny", "threads=1", "pretrain_tiny: "),
     ],
 )
 def test_the_first_line_comes_before_the_checks_that_import(name, setting, first):
     stop_there = "import command\ncommand.check_values = lambda settings: sys.exit(0)"
-    start = f"sys.path.insert(0, 'scripts')\nsys.argv = ['{name}.py', {setting!r}]\n{stop_there}\nimport {name}"
+    start = f"sys.stderr = sys.stdout\nsys.path.insert(0, 'scripts')\nsys.argv = ['{name}.py', {setting!r}]\n"
+    start += f"{stop_there}\nimport {name}"
     shown = loaded(f"{start}\ntry:\n    {name}.main()\nexcept SystemExit:\n    pass", list(HEAVY))
     assert shown.startswith(first) and shown.endswith("\n[]\n"), shown
 
