@@ -110,7 +110,7 @@ def as_text(argument: str) -> str:
     decider='threshold(0.9)' prompt='1+2=' seed=range(3)
     """
     name, _, value = argument.partition("=")
-    free = name == "prompt" and value not in ("", "null") and value[:1] not in "'\""
+    free = name in ("prompt", "fill") and value not in ("", "null") and value[:1] not in "'\""
     call = CALL.fullmatch(value)
     if not free and (call is None or call[1] in HYDRA_FUNCTIONS):
         return argument

@@ -1,6 +1,7 @@
 """Decode prompts of one's own: from the command line, a file or a pipe, or in a chat in the terminal.
 
 python scripts/decode.py prompt="3+4-2=" gen_length=48 decider="joint(0.4)"
+python scripts/decode.py decider=equations-all-speeds fill=".+3=1.;..-7=0.;"
 python scripts/decode.py decider=outputs/train/... file=prompts.jsonl out=texts.jsonl
 """
 
@@ -32,8 +33,9 @@ def check_settings(cfg: DictConfig) -> None:
     """ValueError for a setting that makes no sense, before any work."""
     text("decider", cfg.decider)
     number("fps", cfg.fps, least=LEAST_FPS, most=MOST_FPS)
-    if cfg.prompt is not None and cfg.file is not None:
-        raise ValueError(f"prompt={cfg.prompt!r} and file={cfg.file!r}: give one of them")
+    for name in ("prompt", "fill"):
+        if cfg[name] is not None and cfg.file is not None:
+            raise ValueError(f"{name}={cfg[name]!r} and file={cfg.file!r}: give one of them")
     if cfg.file is not None and not Path(text("file", cfg.file)).is_file():
         raise ValueError(f"file={cfg.file!r}: there is no such file")
     if cfg.out is not None:
@@ -64,6 +66,10 @@ def main(cfg: DictConfig) -> None:
 
 def given_prompts(cfg: DictConfig) -> list[Any] | None:
     """What is asked on the command line, in a file or through a pipe; None: somebody sits at the terminal."""
+    if cfg.fill is not None:
+        from dllm_gym.tasks.blanks import pieces
+
+        return [Prompt("" if cfg.prompt is None else str(cfg.prompt), pieces(str(cfg.fill)))]
     if cfg.prompt is not None:
         return [str(cfg.prompt)]
     if cfg.file is not None:

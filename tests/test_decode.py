@@ -187,6 +187,7 @@ def test_a_shipped_policy_is_found_by_name(tmp_path, monkeypatch, mixed_task):
 def test_what_a_policy_was_not_trained_with_is_said_in_one_line(caplog):
     with caplog.at_level(logging.WARNING):
         Decoder(policy=network(), gen_length=LENGTH)
+        Decoder(policy="equations-all-speeds", stop_at_eos=True)  # the same text, sooner
         assert not caplog.messages
         Decoder("tiny_shallow", policy=network(family="dream"), gen_length=24, block_length=12)
     (line,) = caplog.messages

@@ -12,6 +12,7 @@ from test_scripts import call
 
 from dllm_gym import Decoder
 from dllm_gym.deciders import DiTConfidence, Manner, saved
+from dllm_gym.prompt import Prompt
 
 GRIDS = ["2..4\n.4..\n....\n....\n", "...1\n....\n..2.\n....\n", "....\n.3..\n....\n1...\n"]
 SUM = "4+3-0+0=  "
@@ -32,6 +33,22 @@ def test_a_prompt_of_the_command_line_is_decoded(tmp_path, capsys, texts):
     call("decode", tmp_path, f"prompt='{GRIDS[0]}'", *SET)
     out, err = capsys.readouterr()
     assert out == f"{texts[0]}\n" and err.startswith("decode: decider=joint(0.4)")
+
+
+def test_a_text_with_blanks_is_filled_in(tmp_path, capsys):
+    from dllm_gym.tasks.blanks import pieces
+
+    asked = ".+3=1.;..-7=0.;"
+    call("decode", tmp_path, f"fill='{asked}'", "decider=equations-all-speeds", "alpha=0.1")
+    text = capsys.readouterr().out.strip()
+    assert [a for a, b in zip(text, asked, strict=True) if b != "."] == [
+        b for b in asked if b != "."
+    ] and "." not in text
+    assert text == Decoder(policy="equations-all-speeds", alpha=0.1)([Prompt("", pieces(asked))])[0].text.strip()
+    call("decode", tmp_path, f"prompt='{GRIDS[0]}'", f"fill='2314{'.' * 16}'", *SET)
+    assert capsys.readouterr().out.startswith("2314")
+    with pytest.raises(ValueError, match="fill='a.' and file='x': give one of them"):
+        call("decode", tmp_path, "fill='a.'", "file=x")
 
 
 def test_prompts_of_a_file_are_decoded_and_written(tmp_path, texts):

@@ -12,7 +12,8 @@ from pathlib import Path
 import hydra
 import numpy as np
 import pytest
-from test_scripts import call, compose_config
+from test_readme import blocks, commands
+from test_scripts import ROOT, call, compose_config
 
 from dllm_gym import Decoder
 from dllm_gym.render import Frame
@@ -110,6 +111,29 @@ def test_what_is_in_a_text_does_not_end_the_script():
     for deciders, races in (([], []), (["a"], []), (["a"] * 5, [[[frame]] * 5]), (["a", "b"], [[[frame]]])):
         with pytest.raises(ValueError, match="1 to 4 deciders"):
             page(deciders, races)
+
+
+DATA = re.compile(r'(?<=<script id="data" type="application/json">).*?(?=</script>)', re.DOTALL)
+
+
+def test_the_page_of_the_docs_is_what_its_command_makes_now(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from command import as_text
+
+    told = [words for _, text in blocks(ROOT / "docs" / "decoding.md", "bash") for words in commands(text)]
+    (words,) = [words for words in told if "html=docs/race.html" in words]
+    new = tmp_path / "race.html"
+    assert words[:2] == ["python", "scripts/watch.py"]
+    call("watch", tmp_path, *(f"html={new}" if word.startswith("html=") else as_text(word) for word in words[2:]))
+    old_text, new_text = (ROOT / "docs" / "race.html").read_text(), new.read_text()
+    assert DATA.sub("", old_text) == DATA.sub("", new_text), f"run it again: {' '.join(words)}"
+    assert len(old_text) < 400_000
+    old, new = (json.loads(DATA.search(text)[0]) for text in (old_text, new_text))
+    for prompts in (old["prompts"], new["prompts"]):  # in whole percent, which another processor may round otherwise
+        for prompt in prompts:
+            prompt["sure"] = [frame.pop("confidence") for run in prompt["runs"] for frame in run["frames"]]
+    before, now = (np.concatenate([np.ravel(prompt.pop("sure")) for prompt in d["prompts"]]) for d in (old, new))
+    assert old == new and abs(before - now).max() <= 1
 
 
 WRONG = [
