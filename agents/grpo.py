@@ -61,19 +61,18 @@ class GRPO(Algorithm):
         clip_epsilon: ratios count within [1 - epsilon, 1 + epsilon]; in (0, 1). A pair (low, high) bounds the two
             sides apart ("clip-higher", DAPO, arXiv 2503.14476); low in (0, 1), high > 0.
         normalize: divide the advantage by the group's standard deviation (DeepSeekMath's GRPO, arXiv 2402.03300).
+        summed: an episode's loss is the sum over its steps, the policy gradient itself. LUP takes their mean, which
+            weighs the steps of short episodes more: what makes an answer fast is learnt better than what makes a slow
+            one right (the length bias of GRPO, arXiv 2503.20783).
         kl_scale: weight of the reference; 0 leaves it out.
         reference: None: :class:`Beginning`, the actor as it is given here.
         descent: further settings of :class:`~agents.losses.Descent` (``scheduler, epochs, max_grad_norm, chunk``).
-
-    Attributes:
-        summed: an episode's loss is the sum over its steps, not their mean.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
     compares = True
-    summed = False
 
     def __init__(
         self,
@@ -82,12 +81,13 @@ class GRPO(Algorithm):
         *,
         clip_epsilon: float | Sequence[float] = 0.5,
         normalize: bool = False,
+        summed: bool = False,
         kl_scale: float = 0.0,
         reference: Reference | None = None,
         **descent: Any,
     ):
         number("kl_scale", kl_scale, least=0)
-        self.normalize = flag("normalize", normalize)
+        self.normalize, self.summed = flag("normalize", normalize), flag("summed", summed)
         self.reference = (reference or Beginning(actor)) if kl_scale else None
         loss: nn.Module = GRPOLoss(
             actor, None, clip_epsilon=check_clip(clip_epsilon), entropy_bonus=False, functional=False

@@ -157,8 +157,6 @@ class UPO(GRPO):
         ValueError: a setting is out of range, or the policy or its distribution does not fit.
     """
 
-    summed = True
-
     def __init__(
         self,
         actor: ProbabilisticActor,
@@ -173,5 +171,7 @@ class UPO(GRPO):
             raise ValueError("UPO chooses one position per step: use distribution=one_position")
         number("beta", beta, least=0)
         reference.check(actor[0].module)
-        super().__init__(actor, optimizer, normalize=normalize, kl_scale=beta, reference=reference, **settings)
+        super().__init__(
+            actor, optimizer, normalize=normalize, summed=True, kl_scale=beta, reference=reference, **settings
+        )
         self.observes = list(dict.fromkeys([*actor.in_keys, "confidence"]))

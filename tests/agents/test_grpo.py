@@ -46,7 +46,7 @@ def make_batch():
     return batch
 
 
-def plain_loss(policy, batch, advantage, epsilon):
+def plain_loss(policy, batch, advantage, epsilon, summed=False):
     """The clipped objective episode by episode, as one would write it on paper."""
     total = 0.0
     for e in range(E):
@@ -58,7 +58,7 @@ def plain_loss(policy, batch, advantage, epsilon):
                 ZeroTruncatedBernoulli(logits, step["action_mask"]).log_prob(step["action"]) - step["action_log_prob"]
             ).exp()
             episode -= torch.min(ratio * advantage[e], ratio.clamp(1 - epsilon, 1 + epsilon) * advantage[e])
-        total += episode / int(LENGTHS[e])
+        total += episode if summed else episode / int(LENGTHS[e])
     return total / E
 
 
@@ -132,10 +132,11 @@ def test_diagnostics_are_means_over_active_steps(chunk):
     assert "ESS" not in metrics
 
 
-def test_leaving_out_uninformative_groups_changes_nothing():
+@pytest.mark.parametrize("summed", [False, True])
+def test_leaving_out_uninformative_groups_changes_nothing(summed):
     batch, policy, twin = make_batch(), make_policy(), make_policy()
-    make_grpo(policy, epochs=1, max_grad_norm=1e9).update(batch, REWARD, GROUP)
-    expected = plain_loss(twin, batch, group_advantage(REWARD, GROUP)[0], 0.3)
+    make_grpo(policy, epochs=1, max_grad_norm=1e9, summed=summed).update(batch, REWARD, GROUP)
+    expected = plain_loss(twin, batch, group_advantage(REWARD, GROUP)[0], 0.3, summed)
     expected.backward()
     for ours, theirs in zip(policy.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, atol=1e-6, rtol=0)
