@@ -17,6 +17,7 @@ from agents.reproduction.claims import (
     cells,
     falls,
     fast,
+    knob,
     lead,
     measured,
     needed,
@@ -145,6 +146,23 @@ def test_the_claim_about_the_whole_front_wants_area_and_a_monotone_knob():
     crossed = cell((1, 4.0, 0.99), (3, 1.9, 0.6), (10, 2.0, 0.6), who="conditioned", policy=separate)
     assert not whole_front(crossed)[0].holds and "does not always fall" in whole_front(crossed)[0].text
     assert whole_front(cell((1, 4.0, 1.0))) == []
+
+
+def test_the_claim_about_the_knob_wants_the_area_of_all_rules_together_and_every_seed_monotone():
+    rules = {"one": [point(1, 0.2), point(4, 0.8)], "other": [point(3, 0.8), point(9, 1.0)]}
+    points = at_alphas((1, 5.0, 1.0), (10, 2.0, 0.6))
+    crossed = [{**p, "seed": 1, "nfe": 7 - p["nfe"]} for p in points]
+    place = Cell("sudoku", "full_diffusion", 10, rules, {"conditioned": points}, {"conditioned": points})
+    (found,) = knob(place)
+    # rules: (1, .2) to (3, .8) to (9, 1), then 1: 2 * .5 + 6 * .9 + 1. Policy: .4 + 3 * .8 + 5 over 9.
+    assert found.numbers["envelope"] == pytest.approx(7.4 / 9)
+    assert found.numbers["ratio"] == pytest.approx(7.8 / 7.4)
+    assert found.holds and "in 1 of 1 seeds" in found.text
+    place.seeds["conditioned"] = [*points, *crossed]
+    assert not knob(place)[0].holds and "in 1 of 2 seeds" in knob(place)[0].text
+    slower = Cell("sudoku", "full_diffusion", 10, rules, {"conditioned": at_alphas((1, 6.0, 0.9), (10, 4.0, 0.8))})
+    assert knob(slower)[0].numbers["ratio"] < 1 and not knob(slower)[0].holds
+    assert knob(cell((1, 4.0, 1.0))) == []
 
 
 def test_a_knob_is_monotone_if_nfe_never_rises_with_alpha():
