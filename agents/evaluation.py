@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ class Played:
         pay = make_reward(self.reward_name, alpha)
         results = [replace(r, reward=pay(r.score, r.nfe, self.length)) for r in self.results]
         return replace(self, results=results, alpha=alpha)
+
+    def part(self, places: Sequence[int]) -> Played:
+        """The episodes at these places among the examples."""
+        length = self.length if isinstance(self.length, int) else self.length[list(places)]
+        return replace(self, results=[r.part(places) for r in self.results], length=length)
 
 
 def play(lab: Lab, deciders: Mapping[str, Decider], examples: Sequence[int], seeds: Sequence[int]) -> dict[str, Played]:
@@ -97,6 +102,23 @@ def evaluate_rows(
     if validation is not None:
         choose(rows, test, validation)
     return rows
+
+
+def dataset_rows(test: Mapping[str, Played], datasets: Sequence[str], baseline: str | None = None) -> list[Point]:
+    """One row per data set of a mixture and decider, as of :func:`evaluate_rows`, with ``dataset``; none if there is
+    only one.
+
+    Args:
+        datasets: that of each example, in order.
+    """
+    places = {name: [i for i, own in enumerate(datasets) if own == name] for name in dict.fromkeys(datasets)}
+    if len(places) < 2:
+        return []
+    return [
+        {"dataset": dataset, **row}
+        for dataset, own in places.items()
+        for row in evaluate_rows({name: played.part(own) for name, played in test.items()}, None, baseline)
+    ]
 
 
 def paired(one: Sequence[Results], other: Sequence[Results], flips: int = 9999) -> tuple[float, float]:
@@ -189,7 +211,8 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 1000, level: float =
 
 def shown(row: Point) -> dict[str, str]:
     """A row for people."""
-    texts = {
+    texts = {"dataset": row["dataset"]} if "dataset" in row else {}
+    texts |= {
         "decider": row["name"],
         "accuracy": f"{row['accuracy']:.3f}",
         "95 %": f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}",
@@ -214,7 +237,8 @@ def table(rows: Sequence[Point], title: str) -> Table:
     result = Table(title=title)
     names = dict.fromkeys(name for text in texts for name in text)
     for name in names:
-        result.add_column(name, justify="left" if name == "decider" else "right", no_wrap=name == "decider")
+        words = name in ("dataset", "decider")
+        result.add_column(name, justify="left" if words else "right", no_wrap=words)
     for text in texts:
         result.add_row(*(text.get(name, "") for name in names))
     return result
@@ -238,28 +262,40 @@ def fronts_shown(fronts: Sequence[Point]) -> list[dict[str, str]]:
     ]
 
 
-def save_report(rows: Sequence[Point], folder: Path, title: str, fronts: Sequence[Point] = ()) -> None:
-    """Write results.csv, results.md, results.png, fronts.json (where there are any) and, last, results.json.
+def write_csv(rows: Sequence[Point], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
-    Each appears whole or not at all. ``fronts``: of :func:`~agents.fronts.front_rows`.
+
+def write_json(rows: Sequence[Point], path: Path) -> None:
+    path.write_text(json.dumps(list(rows), indent=2) + "\n")
+
+
+def save_report(
+    rows: Sequence[Point], folder: Path, title: str, fronts: Sequence[Point] = (), datasets: Sequence[Point] = ()
+) -> None:
+    """Write results.csv, results.md, results.png, fronts.json and datasets.{csv,json} (where there are any) and, last,
+    results.json.
+
+    Each appears whole or not at all. ``fronts``: of :func:`~agents.fronts.front_rows`; ``datasets``: of
+    :func:`dataset_rows`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-
-    def write_csv(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
     parts = [f"# {title}\n", markdown([shown(row) for row in rows])]
     if fronts:
         parts.append(markdown(fronts_shown(fronts)))
-        noted(folder / "fronts.json", lambda path: path.write_text(json.dumps(list(fronts), indent=2) + "\n"))
+        noted(folder / "fronts.json", partial(write_json, fronts))
+    if datasets:
+        parts.append(markdown([shown(row) for row in datasets]))
+        noted(folder / "datasets.csv", partial(write_csv, datasets))
+        noted(folder / "datasets.json", partial(write_json, datasets))
     parts.append("".join(f"- {sentence}\n" for sentence in sentences(rows)))
-    noted(folder / "results.csv", write_csv)
+    noted(folder / "results.csv", partial(write_csv, rows))
     noted(folder / "results.md", lambda path: path.write_text("\n".join(part for part in parts if part)))
     noted(folder / "results.png", lambda path: plot(rows, path, title))
-    noted(folder / "results.json", lambda path: path.write_text(json.dumps(list(rows), indent=2) + "\n"))
+    noted(folder / "results.json", partial(write_json, rows))
 
 
 def read_points(path: Path, numbers: Sequence[str]) -> list[Point]:

@@ -44,6 +44,16 @@ class Results:
     empty_steps: float = 0.0
     idle_lanes: float = 0.0
 
+    def part(self, places: Sequence[int]) -> Results:
+        """The episodes at these places, without counts of work."""
+        at = torch.tensor([*places], dtype=torch.int64)
+        return Results(
+            **{name: getattr(self, name)[at] for name in ("reward", "score", "nfe", "example")},
+            completions=[self.completions[i] for i in places],
+            masked=None if self.masked is None else self.masked[at],
+            tokens=None if self.tokens is None else self.tokens[at],
+        )
+
 
 def evaluate(
     env: DLLMUnmaskVectorEnv, decider: Decider, examples: Sequence[int], seed: int = 0, alpha: float | None = None

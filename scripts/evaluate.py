@@ -6,7 +6,8 @@
 
 A policy is evaluated on the model, task, env and reward it was trained with, unless the command line names others;
 several policies must agree in what it does not name. The run folder (outputs/evaluate/...) gets generations.jsonl, an
-episode per line, while the evaluation goes on, and results.{json,csv,md,png} and fronts.json at its end. The same
+episode per line, while the evaluation goes on, and results.{json,csv,md,png}, fronts.json and, of a mixture of tasks,
+datasets.{json,csv} at its end. The same
 command in the same folder (hydra.run.dir=...) plays only what is not there yet.
 """
 

@@ -16,7 +16,7 @@ from settings import check_groups, chosen_names
 from tqdm import tqdm
 
 import dllm_gym  # noqa: F401  (registers DLLMUnmask-v0)
-from agents.evaluation import Played, evaluate_rows, near, play, save_report, table
+from agents.evaluation import Played, dataset_rows, evaluate_rows, near, play, save_report, table
 from agents.fronts import Point, front_rows, sentences
 from agents.generations import Lab
 from agents.rollout import Decider
@@ -351,8 +351,12 @@ def report(cfg: DictConfig, lab: Lab, deciders: Mapping[str, Decider], run: RunF
     rows = evaluate_rows(test, validation, settings.get("baseline"))
     core = lab.env.core
     title = f"{core.task.name}, {settings.examples} {settings.split} examples, L = {core.L}, BL = {core.block_length}"
-    save_report(rows, run.path, title, front_rows(rows, core.L))  # before anything is printed: a reader may go away
+    datasets = [core.task.dataset_of(core.examples[i]) for i in range(settings.examples)]
+    parts = dataset_rows(test, datasets, settings.get("baseline"))
+    save_report(rows, run.path, title, front_rows(rows, core.L), parts)  # before printing: a reader may go away
     console.print(table(rows, title))
+    if parts:
+        console.print(table(parts, "by data set"))
     for sentence in sentences(rows):
         console.print(sentence)
     console.print(f"written: {run.path}/results.json, results.csv, results.md, results.png", soft_wrap=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LOCK, LOG, OVERRIDES = ".lock", "run.log", ".hydra/overrides.yaml"
 GENERATIONS = "generations.jsonl"
-RESULTS = ("results.json", "results.csv", "results.md", "results.png", "fronts.json")
+RESULTS = ("results.json", "results.csv", "results.md", "results.png", "fronts.json", "datasets.csv", "datasets.json")
 GROUPS = ("model", "task", "env", "reward", "policy", "distribution", "agent")  # what every run's configuration has
 SECRET = re.compile(r"\$\{\s*oc\.env\s*:[^}]*(TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY)", re.IGNORECASE)
 

@@ -56,6 +56,10 @@ class Task(ABC):
         """
         return None
 
+    def dataset_of(self, example: Example) -> str:
+        """What tables call the data set that an example is from: the task, if it has one alone."""
+        return self.name
+
     @abstractmethod
     def grade(self, example: Example, completion: str) -> float:
         """The score in [0, 1] of a decoded completion. Never raises, whatever the text.

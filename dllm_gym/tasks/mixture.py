@@ -120,6 +120,12 @@ class Mixture(Task):
         task, own = self.member(example)
         return task.template(own)
 
+    def dataset_of(self, example: Example) -> str:
+        """The name of its member; that of a member of a mixture within this one is ``outer/inner``."""
+        task, own = self.member(example)
+        inner = task.dataset_of(own)
+        return example["member"] if inner == task.name else f"{example['member']}/{inner}"
+
     def grade(self, example: Example, completion: str) -> float:
         task, own = self.member(example)
         return task.grade(own, completion)

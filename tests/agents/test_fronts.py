@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from agents.evaluation import Played, evaluate_rows, near
+from agents.evaluation import Played, dataset_rows, evaluate_rows, near
 from agents.fronts import envelope, needed, reached, sentences
 from agents.pictures import draw
 from agents.rollout import Results
@@ -123,3 +123,29 @@ def test_what_lies_far_below_the_envelope_on_validation_and_the_worse_decoding_n
     }
     assert near(on_validation, 0.2) == ["policy(greedy)", "slow(1)", "fast(1)"]
     assert near(on_validation, 0.25) == ["policy(greedy)", "slow(1)", "fast(1)", "poor(1)"]
+
+
+def test_data_sets_of_a_mixture_have_rows_of_their_own():
+    def decider(scores, nfes, lengths=10):
+        score, nfe = torch.tensor(scores), torch.tensor(nfes)
+        masked, tokens = torch.tensor([False] * 4), torch.tensor([8, 4, 8, 4])
+        results = [Results(score, score, nfe, torch.arange(4), ["a", "b", "c", "d"], masked, tokens)] * 2
+        return Played(results, 1.0, lengths, "multiplicative")
+
+    test = {
+        "slow(1)": decider([1.0, 0.0, 1.0, 1.0], [8, 4, 8, 4]),
+        "fast(1)": decider([1.0, 0.0, 0.0, 0.0], [4, 1, 2, 1]),
+    }
+    rows = dataset_rows(test, ["sums", "grids", "sums", "grids"], "slow(1)")
+    assert [(row["dataset"], row["name"]) for row in rows] == [
+        ("sums", "slow(1)"), ("sums", "fast(1)"), ("grids", "slow(1)"), ("grids", "fast(1)")
+    ]  # fmt: skip
+    assert [(row["accuracy"], row["nfe"], row["tokens_per_forward"]) for row in rows] == [
+        (1.0, 8.0, 1.0), (0.5, 3.0, 8 / 3), (0.5, 4.0, 1.0), (0.0, 1.0, 4.0)
+    ]  # fmt: skip
+    assert [row["difference"] for row in rows] == [None, -0.5, None, -0.5] and {row["examples"] for row in rows} == {2}
+    assert dataset_rows(test, ["sums"] * 4) == []
+    lengths = {"a(1)": decider([1.0] * 4, [2] * 4, torch.tensor([4, 20, 4, 20]))}
+    there = {row["dataset"]: row for row in dataset_rows(lengths, ["short", "long", "short", "long"])}
+    assert there["short"]["examples"] == there["long"]["examples"] == 2
+    assert lengths["a(1)"].part([1, 3]).length.tolist() == [20, 20]

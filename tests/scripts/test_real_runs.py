@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import llada_fields
@@ -67,6 +68,38 @@ def test_evaluation_of_a_real_family_on_a_real_task_runs_end_to_end(llada, data,
     call("evaluate", tmp_path, "model=llada_8b", *settings, *QUICK, "env.block_length=8")
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in rows][-1] == "threshold(0.9)" and all(row["examples"] == 2 for row in rows)
+
+
+def test_an_evaluation_of_a_mixture_tells_its_data_sets_apart(llada, data, tmp_path, capsys):
+    files = [f"task.tasks.{n}.data={data / n}" for n in ("gsm8k", "math")]
+    quick = [setting for setting in QUICK if "examples" not in setting] + ["evaluation.examples=9"]
+    settings = [
+        f"model.model={llada}",
+        "task=gsm8k_math",
+        *files,
+        *quick,
+        "heuristics=threshold",
+        "evaluation.validation=null",
+    ]
+    call("evaluate", tmp_path, "model=llada_8b", *settings, "evaluation.baseline='threshold(0.9)'")
+    rows = json.loads((tmp_path / "datasets.json").read_text())
+    whole = {row["name"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["split"] == "test"]
+    assert {row["dataset"]: row["examples"] for row in rows} == {"gsm8k": 5, "math": 4} and len(rows) == 2 * len(whole)
+    for row in rows:
+        played = [line for line in lines if line["decider"] == row["name"]]
+        own = [line for line in played if ("^2" in str(line["prompt"])) == (row["dataset"] == "math")]
+        assert len(own) == row["examples"] and row["nfe"] == pytest.approx(np.mean([line["nfe"] for line in own]))
+        assert row["accuracy"] == pytest.approx(np.mean([line["score"] for line in own]))
+        assert (row["p_value"] is None) == (row["name"] == "threshold(0.9)")
+    for name, row in whole.items():
+        parts = [part for part in rows if part["name"] == name]
+        assert row["reward"] == pytest.approx(sum(part["examples"] * part["reward"] for part in parts) / 9)
+    with (tmp_path / "datasets.csv").open() as file:
+        assert [line["dataset"] for line in csv.DictReader(file)] == [row["dataset"] for row in rows]
+    assert (tmp_path / "results.md").read_text().count("| math | threshold(0.9) |") == 1
+    assert "by data set" in capsys.readouterr().out
 
 
 def test_before_and_while_it_works_a_command_says_what_it_does(llada, data, tmp_path, capsys):

@@ -583,6 +583,7 @@ def test_a_mixture_of_mixtures_of_files(folder):
     task = Mixture([inner, Arithmetic(sizes={"train": 10})], gen_length=64)
     examples = task.examples("train").to_list()
     assert task.gen_length == 64 and {type(task.prompt(example)) for example in examples} == {Chat, str}
+    assert {task.dataset_of(example) for example in examples} == {"inner/gsm8k", "inner/sudoku", "arithmetic"}
 
 
 def test_an_environment_runs_on_a_mixture():
