@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -147,6 +148,18 @@ def test_examples_in_docstrings_run(path):
     result = doctest.testmod(importlib.import_module(module_name(path)))
     assert result.failed == 0
     assert result.attempted or path not in SHOWN or path.stem in ("__init__", "base"), "show how it is used"
+
+
+def test_commands_find_their_own_agents_where_another_package_has_that_name(tmp_path):
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "__init__.py").write_text("raise RuntimeError('agents of another package')")
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), f"runs={tmp_path}"]
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=surroundings)
+    assert done.returncode == 2 and "no finished run" in done.stderr
+    plays = "from dllm_gym.deciders import make_decider\nprint(make_decider('equations-all-speeds'))"
+    done = subprocess.run([sys.executable, "-c", plays], capture_output=True, text=True, cwd=tmp_path, env=surroundings)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_program_whose_extra_is_missing_says_so_in_one_line():

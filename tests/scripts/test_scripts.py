@@ -96,6 +96,28 @@ def test_a_checkpoint_evaluates_like_the_run_that_made_it(trained, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads((trained / "results.json").read_text())
 
 
+def test_a_run_of_the_previous_layout_evaluates_and_goes_on_as_it_did(trained, tmp_path, caplog):
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    as_an_earlier_version_left_it(old)
+    saved = yaml.safe_load((old / "config.yaml").read_text())
+    for group, settings in (("evaluation", ["within", "baseline"]), ("agent", ["imitation"])):
+        for setting in settings:
+            del saved[group][setting]  # younger than that layout
+    del saved["cut_prompts"]
+    text = re.sub(r"dllm_gym\.deciders[\w.]*\.(\w*Bernoulli)", r"agents.distributions.\1", yaml.safe_dump(saved))
+    text = re.sub(r"dllm_gym\.deciders[\w.]*\.(DiT\w+)", r"agents.policies.\1", text)
+    assert text.count("agents.distributions.") == 2 and text.count("agents.policies.") == 1 and "deciders" not in text
+    (old / "config.yaml").write_text(text)
+    settings = ["evaluation.examples=8", "evaluation.seeds=[42]", "heuristics=none", "threads=1"]
+    call("evaluate", tmp_path / "now", f"checkpoint={old}", *settings)
+    results = json.loads((trained / "results.json").read_text())
+    assert json.loads((tmp_path / "now" / "results.json").read_text()) == results
+    assert "is of an earlier layout: agents.distributions, agents.policies now means dllm_gym.deciders" in caplog.text
+    call("train", tmp_path / "on", f"resume={old}", "evaluation.within=null")  # nothing left to do but the report
+    assert json.loads((tmp_path / "on" / "results.json").read_text()) == results
+
+
 def test_an_evaluation_takes_over_what_the_user_did_not_choose(trained, tmp_path, monkeypatch):
     settings = ["evaluation.examples=4", "evaluation.seeds=[42]", "heuristics=none", "temperature=0.5"]
     call("evaluate", tmp_path / "a", f"checkpoint={trained}", *settings, "task=arithmetic", "env.block_length=12")
