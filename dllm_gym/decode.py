@@ -220,9 +220,7 @@ class Decoder:
         trained = {"family": self.manner.family, "vocab_size": self.manner.vocab_size, **self.manner.env}
         here = {"family": self.dllm.config.get("model_type"), "vocab_size": self.dllm.vocab_size, **self.env}
         here.setdefault("block_length", here["gen_length"])
-        trained.pop(
-            "stop_at_eos", None
-        )  # which states an episode goes through does not depend on it, only where it ends
+        trained.pop("stop_at_eos", None)  # an episode goes through the same states, it only ends elsewhere
         other = [f"{n}={v} (here {here[n]})" for n, v in trained.items() if v is not None and here[n] != v]
         if other:
             log.warning(
