@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm_gym.deciders.player import Decider
 from dllm_gym.envs.dealer import check_example
-from dllm_gym.envs.episodes import Step, play
+from dllm_gym.envs.episodes import Ended, Step, play
 from dllm_gym.envs.vector import DLLMUnmaskVectorEnv
 from dllm_gym.models.batches import upload
 
@@ -63,9 +63,10 @@ def evaluate(
     An episode's result depends on its place in ``examples`` and on ``seed`` (where draws are involved at all), not on
     the number of lanes nor on its company. A network is evaluated without its dropout.
     """
-    alphas = None if alpha is None else [alpha] * len(examples)
+    record = Record(env, examples)
+    decide = record.counting(lambda step: decider(step.observation, step.noise))
     with without_dropout(getattr(decider, "policy", None)):
-        return _play(env, lambda step: decider(step.observation, step.noise), examples, seed, alphas)
+        return record.of(play(env, decide, record.examples, seed, None if alpha is None else [alpha] * len(examples)))
 
 
 @contextmanager
@@ -119,7 +120,8 @@ def rollout(
             store[name][step.episode, step.time] = value
         return action
 
-    results = _play(env, decide_and_record, examples, seed, alphas)
+    record = Record(env, examples)
+    results = record.of(play(env, record.counting(decide_and_record), record.examples, seed, alphas))
     longest = int(results.nfe.max())
     return TensorDict({name: value[:, :longest] for name, value in store.items()}, (shape[0], longest)), results
 
@@ -183,10 +185,13 @@ def play_groups(
 
 
 class Record:
-    """What becomes of episodes while they are played in ``env``, in the order of their ``examples``."""
+    """What becomes of episodes while they are played in ``env``, in the order of their ``examples``.
+
+    Made before they begin, it counts the reset's work, too.
+    """
 
     def __init__(self, env: DLLMUnmaskVectorEnv, examples: Sequence[int]):
-        self.env, self.examples = env, examples
+        self.env, self.examples = env, [check_example(e, len(env.core.examples)) for e in examples]
         kinds = {"r": np.float32, "score": np.float32, "l": np.int64, "truncated": np.bool_}
         self.ended: dict[str, np.ndarray] = {name: np.zeros(len(examples), kind) for name, kind in kinds.items()}
         self.completions = [""] * len(examples)
@@ -194,11 +199,24 @@ class Record:
         self.steps = self.lane_steps = 0
         self.empty = torch.zeros((), dtype=torch.int64, device=env.device)
 
-    def step(self, action: Tensor, legal: Tensor) -> None:
-        """What the n lanes that hold an episode do, [n, L]."""
-        self.empty += (~(action.bool() & legal.bool()).any(1)).sum()
-        self.steps += len(action)
-        self.lane_steps += self.env.num_envs
+    def counting(self, decide: Callable[[Step], Tensor]) -> Callable[[Step], Tensor]:
+        """``decide``, with what its actions [n, L] do counted."""
+
+        def decide_and_count(step: Step) -> Tensor:
+            action = decide(step)
+            self.empty += (~(action.bool() & step.observation["action_mask"].bool()).any(1)).sum()
+            self.steps += len(action)
+            self.lane_steps += self.env.num_envs
+            return action
+
+        return decide_and_count
+
+    def of(self, played: Iterable[Ended]) -> Results:
+        """The results of all episodes, once they have been played to their ends."""
+        for ended in played:
+            if len(ended.lanes):
+                self.end(ended.lanes, {**ended.episode, "truncated": ended.truncated})
+        return self.results()
 
     def end(self, lanes: np.ndarray, episode: Mapping[str, np.ndarray]) -> None:
         """The episodes of these lanes have ended."""
@@ -223,24 +241,3 @@ class Record:
             empty_steps=float(self.empty) / max(self.steps, 1),
             idle_lanes=1 - self.steps / max(self.lane_steps, 1),
         )
-
-
-def _play(
-    env: DLLMUnmaskVectorEnv,
-    decide: Callable[[Step], Tensor],
-    examples: Sequence[int],
-    seed: int,
-    alphas: Sequence[float] | None,
-) -> Results:
-    """Run one episode per entry of ``examples``, refilling lanes as they finish."""
-    record = Record(env, [check_example(e, len(env.core.examples)) for e in examples])  # counts the reset's work, too
-
-    def decide_and_count(step: Step) -> Tensor:
-        action = decide(step)
-        record.step(action, step.observation["action_mask"])
-        return action
-
-    for ended in play(env, decide_and_count, record.examples, seed, alphas):
-        if len(ended.lanes):
-            record.end(ended.lanes, {**ended.episode, "truncated": ended.truncated})
-    return record.results()
