@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     check_settings(cfg)
     prompts = given_prompts(cfg)
     device = prepare(cfg)
-    dllm = make_dllm(cfg, device) if cfg.get("model") else None
+    dllm = make_dllm(cfg) if cfg.get("model") else None
     decoder = Decoder(dllm, cfg.decider, device=device, **{name: cfg[name] for name in SETTINGS})
     if prompts is None:
         chat(decoder, cfg.fps)

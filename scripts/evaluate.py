@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
     refuse_a_range_that_nothing_reads(cfg, deciders.values())
     with RunFolder(cfg) as run:
         run.refuse_another_run(resumes=GENERATIONS)
-        envs = make_evaluation_envs(cfg, device, deciders)
+        envs = make_evaluation_envs(cfg, deciders)
         with Generations(run.path / GENERATIONS if cfg.generations else None) as known:
             run.begin()
             report(cfg, Lab(envs, known, about(cfg)), deciders, run, console())

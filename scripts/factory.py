@@ -54,14 +54,19 @@ def prepare(cfg: DictConfig) -> torch.device:
     """Sets torch's threads; returns the device."""
     if cfg.threads is not None:
         torch.set_num_threads(whole("threads", cfg.threads, most=MOST_THREADS))
+    return device_of(cfg)
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    """Where everything of a configuration lives; ValueError if tensors cannot be made there."""
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     return check_device(wanted)
 
 
-def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnmaskVectorEnv:
+def make_envs(cfg: DictConfig, **settings: Any) -> DLLMUnmaskVectorEnv:
     """The vector environment of a configuration; ``settings`` are num_envs, split and what the deciders need."""
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
-    dllm = make_dllm(cfg, device, task)
+    dllm = make_dllm(cfg, task)
     chosen = {**cfg.env, **cfg.reward}
     for name, value in settings.items():  # of what the user and the deciders ask for the larger counts
         chosen[name] = max(chosen.get(name) or 0, value) if name in (*COUNTS, *FLAGS) else value
@@ -70,14 +75,14 @@ def make_envs(cfg: DictConfig, device: torch.device, **settings: Any) -> DLLMUnm
     return envs
 
 
-def make_dllm(cfg: DictConfig, device: torch.device, task: Task | None = None) -> DLLM:
+def make_dllm(cfg: DictConfig, task: Task | None = None) -> DLLM:
     """The frozen dLLM of a configuration: ``cfg.model`` are the arguments of ``load_dllm``; null is the task's own."""
     if cfg.model.model is None:
         cfg.model.model = (task or hydra.utils.instantiate(cfg.task, _convert_="all")).dllm
-    return load_dllm(**OmegaConf.to_container(cfg.model, resolve=True), device=device)
+    return load_dllm(**OmegaConf.to_container(cfg.model, resolve=True), device=device_of(cfg))
 
 
-def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
+def make_policy(cfg: DictConfig) -> Policy:
     """The policy network of a configuration; what is null of ``MODELS_OWN`` (in a reference, too) is the dLLM's own.
 
     With ``preference: null`` it reads the preference if the reward has a range of alphas, with ``haste: null`` that
@@ -90,11 +95,11 @@ def make_policy(cfg: DictConfig, device: torch.device) -> Policy:
     for part in (cfg.policy, cfg.get("reference") or {}):
         for size, own in MODELS_OWN.items():
             if size in part and part[size] is None:
-                part[size] = own(make_dllm(cfg, device))
+                part[size] = own(make_dllm(cfg))
     policy = hydra.utils.instantiate(cfg.policy, _convert_="all")
     if hasattr(policy, "adopt"):  # a network that begins with weights of the dLLM
-        policy.adopt(last_block(make_dllm(cfg, device).backbone))
-    return policy.to(device)
+        policy.adopt(last_block(make_dllm(cfg).backbone))
+    return policy.to(device_of(cfg))
 
 
 def manner_of(cfg: DictConfig, envs: DLLMUnmaskVectorEnv | None = None, recipe: str | None = None) -> Manner:
@@ -132,7 +137,7 @@ def requirements(deciders: Iterable[Any]) -> dict[str, int]:
     return needs
 
 
-def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
+def make_evaluation_envs(cfg: DictConfig, deciders: Mapping[str, Decider]) -> DLLMUnmaskVectorEnv:
     """The environment of the evaluation, in which every decider has made a step: what does not fit fails now."""
     settings = cfg.evaluation
     baseline = settings.get("baseline")
@@ -140,7 +145,7 @@ def make_evaluation_envs(cfg: DictConfig, device: torch.device, deciders: Mappin
         raise ValueError(f"evaluation.baseline={baseline!r} is none of {', '.join(deciders)}")
     needs = requirements(deciders.values())
     print(f"loading {settings.split} examples and {cfg.model.model or 'their own dLLM'}", flush=True)
-    envs = make_envs(cfg, device, num_envs=settings.num_envs, split=settings.split, **needs)
+    envs = make_envs(cfg, num_envs=settings.num_envs, split=settings.split, **needs)
     total = len(envs.core.examples)
     if settings.examples is None:
         settings.examples = total
@@ -306,7 +311,7 @@ def validate(cfg: DictConfig, lab: Lab, deciders: Mapping[str, Decider], console
     began = time.perf_counter()
     needs = requirements(deciders.values())
     try:
-        own = make_envs(cfg, lab.env.device, num_envs=settings.num_envs, split="validation", **needs)
+        own = make_envs(cfg, num_envs=settings.num_envs, split="validation", **needs)
     except ValueError as error:
         console.print(f"nothing is chosen on validation: {error}")
         return None

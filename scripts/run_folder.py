@@ -138,17 +138,17 @@ def allowed(cfg: DictConfig) -> Allowed:
     return Allowed(trust, OmegaConf.to_container(cfg, resolve=False))
 
 
-def load_config(path: Path, cfg: DictConfig) -> DictConfig:
+def load_config(path: Path, may: Allowed) -> DictConfig:
     """The resolved configuration of a run, as data: see ``strangers``.
 
     Args:
-        cfg: of the command: ``trust`` lists packages that the run may name, and what ``cfg`` names it may name, too.
+        may: what the run may name.
 
     Raises:
         ValueError: it is none, names what it may not name, or is damaged.
     """
     saved = read_config(path)
-    allowed(cfg).check(saved, path)
+    may.check(saved, path)
     if (path.parent / CHECKPOINTS).is_dir():  # older runs have no manifest
         manifest = read_manifest(path.parent)
         if path.name not in manifest["files"]:
@@ -159,20 +159,21 @@ def load_config(path: Path, cfg: DictConfig) -> DictConfig:
     return OmegaConf.create(saved)
 
 
-def load_run(name: str | Path, cfg: DictConfig) -> tuple[DictConfig, Checkpoint]:
+def load_run(name: str | Path, may: Allowed) -> tuple[DictConfig, Checkpoint]:
     """A run's configuration and checkpoint; ValueError if one of them cannot be used.
 
     Args:
         name: a run folder (its ``config.yaml`` and last checkpoint), or a checkpoint with the configuration that it
             was saved with: ``RUN@last``, ``RUN@best``, ``RUN@<rounds>``, or its folder.
+        may: what the run may name.
     """
     checkpoint = find_checkpoint(str(name))
     if checkpoint is not None:
-        return load_config(checkpoint.config, cfg), checkpoint
+        return load_config(checkpoint.config, may), checkpoint
     if not Path(name).is_dir():
         raise ValueError(f"{name} does not exist; give a run folder of scripts/train.py")
     try:
-        saved = load_config(Path(name) / CONFIG, cfg)
+        saved = load_config(Path(name) / CONFIG, may)
     except ValueError as error:
         other = next(Checkpoints(Path(name)).whole(), None)
         offer = f"; {other} has a copy" if other is not None and other.number >= 0 else ""
@@ -232,7 +233,7 @@ def load_policy(name: str | Path, cfg: DictConfig, setting: str = "checkpoint") 
         if is_alone(str(name)):
             policy = Policy.load(name)
             return policy, config_of(policy, cfg)
-        saved, checkpoint = load_run(name, cfg)
+        saved, checkpoint = load_run(name, allowed(cfg))
         policy_class = hydra.utils.get_class(str(saved.policy.get("_target_")))
         if not issubclass(policy_class, Policy):
             raise ValueError(f"policy._target_={saved.policy._target_!r} is no policy")

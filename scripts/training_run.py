@@ -32,7 +32,7 @@ from factory import (
 )
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from run_folder import OVERRIDES, RunFolder, load_config, load_policy, load_run, naming
+from run_folder import OVERRIDES, RunFolder, allowed, load_config, load_policy, load_run, naming
 from tqdm import tqdm
 
 from agents.algorithm import Algorithm
@@ -75,7 +75,7 @@ def resumed(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | 
     if cfg.resume == "auto":
         return newest(cfg, run)
     with naming("resume", cfg.resume):
-        saved, checkpoint = load_run(cfg.resume, cfg)
+        saved, checkpoint = load_run(cfg.resume, allowed(cfg))
         if checkpoint.run.resolve() != run.path.resolve():
             run.refuse_another_run()
         else:
@@ -95,12 +95,12 @@ def newest(cfg: DictConfig, run: RunFolder) -> tuple[DictConfig, Checkpoint] | N
         for damaged in every[every.index(checkpoint) + 1 :]:
             print(f"{damaged.path} is damaged; going on from {checkpoint}")
         try:
-            return load_config(run.path / CONFIG, cfg), checkpoint
+            return load_config(run.path / CONFIG, allowed(cfg)), checkpoint
         except Refused:
             raise
         except ValueError as error:
             print(f"{error}; going on with that of {checkpoint}")
-            return load_config(checkpoint.config, cfg), checkpoint
+            return load_config(checkpoint.config, allowed(cfg)), checkpoint
 
 
 def go_on(cfg: DictConfig, saved: DictConfig, began: Sequence[str]) -> None:
@@ -239,7 +239,7 @@ def rounds_before(source: Checkpoint | None, count: int) -> list[dict[str, str]]
     return rows
 
 
-def validation(cfg: DictConfig, device: torch.device, policy: Policy) -> Callable[[], float] | None:
+def validation(cfg: DictConfig, policy: Policy) -> Callable[[], float] | None:
     """The policy's mean reward on the first examples of the validation split; None where there is none.
 
     It is sampled, unless it is evaluated greedily alone.
@@ -250,7 +250,7 @@ def validation(cfg: DictConfig, device: torch.device, policy: Policy) -> Callabl
     deciders = [d for d in every if not d.greedy] or every
     settings = {"num_envs": cfg.num_envs, "split": "validation", **requirements(deciders)}
     try:
-        envs = make_envs(cfg, device, **settings)
+        envs = make_envs(cfg, **settings)
     except ValueError as error:
         print(f"no checkpoint will be the best one, for want of validation examples: {error}")
         return None
@@ -402,7 +402,7 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     check_settings(cfg)
     device = prepare(cfg)
     torch.manual_seed(cfg.seed)
-    policy = make_policy(cfg, device)
+    policy = make_policy(cfg)
     if source is None:
         warm_start(cfg, policy)
     learner = make_learner(cfg, policy)
@@ -410,16 +410,16 @@ def run_in(cfg: DictConfig, run: RunFolder, stop: Interrupt, console: Any) -> fl
     settings = {"num_envs": cfg.num_envs, "split": "train", "max_prompt_length": cfg.max_prompt_length}
     print(f"loading train examples and {cfg.model.model or 'their own dLLM'}", flush=True)
     settings["cut_prompts"] = cfg.cut_prompts
-    envs = make_envs(cfg, device, **settings, **requirements([policy, learner.algorithm]))
+    envs = make_envs(cfg, **settings, **requirements([policy, learner.algorithm]))
     policy.manner = manner_of(cfg, envs, recipe(began, cfg.seed))
     deciders = {**policy_deciders(policy, cfg), **heuristics(cfg)}
     refuse_a_range_that_nothing_reads(cfg, deciders.values())
-    test_envs = make_evaluation_envs(cfg, device, deciders)
+    test_envs = make_evaluation_envs(cfg, deciders)
     if source is None and cfg.agent.imitation.rounds:
         imitate(cfg, envs, policy)
         learner = make_learner(cfg, policy)  # what is held near the beginning is held near this one
     start = Start.of(source and source[1], learner.algorithm, device, run)
-    saver = Saver(run.path, policy, learner.algorithm, cfg.checkpoints.keep, validation(cfg, device, policy))
+    saver = Saver(run.path, policy, learner.algorithm, cfg.checkpoints.keep, validation(cfg, policy))
     start.take_place(saver, cfg.rounds, run)
     run.begin(began)
     if not train(cfg, envs, learner, saver, start, stop):

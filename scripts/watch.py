@@ -96,7 +96,7 @@ def main(cfg: DictConfig) -> None:
     for racer in racers:
         if isinstance(racer, PolicyDecider):
             racer.policy.to(device)
-    envs = make_envs(cfg, device, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements(racers))
+    envs = make_envs(cfg, num_envs=1, split=cfg.split, autoreset_mode="Disabled", **requirements(racers))
     example = whole("example", cfg.example, least=0, most=len(envs.core.examples) - 1)
     if cfg.html is not None:
         write_page(envs, dict(zip(names([cfg.checkpoint, *cfg.against], racers), racers, strict=True)), cfg)

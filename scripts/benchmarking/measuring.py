@@ -199,9 +199,9 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
     return {f"lockstep / {name}": over("lockstep", name) for name in variants} | {"ours / limit": over("ours", "limit")}
 
 
-def training_rounds(workload: Workload, cfg: DictConfig, device: torch.device) -> list[float]:
+def training_rounds(workload: Workload, cfg: DictConfig) -> list[float]:
     """Seconds of rounds of training as scripts/train.py does them, after one that warms up."""
-    policy = make_policy(cfg, device)
+    policy = make_policy(cfg)
     learner = make_learner(cfg, policy)
     envs = workload.envs(**requirements([policy, learner.algorithm]))
     prompts = Prompts(len(envs.core.examples), cfg.seed)
@@ -211,7 +211,7 @@ def training_rounds(workload: Workload, cfg: DictConfig, device: torch.device) -
         episodes = collector.collect(learner.algorithm, learner.player)
         learner.algorithm.update(episodes.batch, episodes.reward, episodes.group)
 
-    return [timed(device, one_round)[0] for _ in range(cfg.repeats + 1)][1:]
+    return [timed(workload.dllm.device, one_round)[0] for _ in range(cfg.repeats + 1)][1:]
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -345,7 +345,7 @@ def measure_all(cfg: DictConfig, device: torch.device, run: Path) -> None:
         figures |= step_figures(workload, own.growth_rows, cfg.repeats)
         print_step(console, workload, figures)
         if own.training:
-            figures["training seconds"] = training_rounds(workload, cfg, device)
+            figures["training seconds"] = training_rounds(workload, cfg)
             episodes = cfg.prompts_per_round * cfg.agent.group_size
             console.print(f"a round of training, {episodes} episodes: {spread(figures['training seconds'])} s")
         save()

@@ -70,7 +70,7 @@ def two_updates(scripts, envs, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = compose("train", list(overrides))
     torch.manual_seed(0)
-    policy = shared.make_policy(cfg, torch.device("cpu"))
+    policy = shared.make_policy(cfg)
     before = torch.cat([p.detach().flatten() for p in policy.parameters()])
     learner = training.make_learner(cfg, policy)
     collector = Collector(envs, Prompts(50, 0), 0, 3, 3)
@@ -128,7 +128,7 @@ def test_a_run_may_begin_by_imitating_the_most_confident_position(scripts, envs,
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = compose("train", [*settings, "agent.algorithm.max_grad_norm=1"])
     torch.manual_seed(0)
-    network = shared.make_policy(cfg, torch.device("cpu"))
+    network = shared.make_policy(cfg)
     observation, _ = envs.reset(seed=5)
     player, rule = PolicyDecider(network, OnePosition), TopK(1)
     wanted = rule(observation, None).to(torch.int8)
@@ -147,9 +147,9 @@ def test_the_vocabulary_of_a_reference_is_the_models_own(scripts, reference):
     shared, training = scripts
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = compose("train", ["agent=upo", "policy=mlp", f"reference={reference}", "task=sudoku"])
-    policy = shared.make_policy(cfg, torch.device("cpu"))
+    policy = shared.make_policy(cfg)
     used = training.make_learner(cfg, policy).algorithm.reference
-    vocabulary = shared.make_dllm(cfg, torch.device("cpu")).vocab_size
+    vocabulary = shared.make_dllm(cfg).vocab_size
     expected = {"softmax": 0, "softmax_published": vocabulary}
     assert getattr(used, "vocab_size", None) == expected.get(reference)
 

@@ -127,14 +127,14 @@ def test_the_trial_of_deciders_is_a_step_of_one_episode_each(llada, data, monkey
     step = DLLMUnmaskVectorEnv.step
     monkeypatch.setattr(DLLMUnmaskVectorEnv, "step", lambda envs, action: steps.append(1) or step(envs, action))
     rules = factory.heuristics(cfg)
-    envs = factory.make_evaluation_envs(cfg, torch.device("cpu"), rules)
+    envs = factory.make_evaluation_envs(cfg, rules)
     assert len(steps) == len(rules) > 3 and envs.core.row_forwards <= 2 * len(rules)
 
     def blind(observation, noise):
         return observation["no such entry"]
 
     with pytest.raises(KeyError, match="no such entry"):
-        factory.make_evaluation_envs(cfg, torch.device("cpu"), {"blind": blind})
+        factory.make_evaluation_envs(cfg, {"blind": blind})
 
 
 def test_without_the_weights_the_error_says_how_to_get_them(monkeypatch, data, tmp_path):
