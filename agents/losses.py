@@ -69,6 +69,8 @@ class EpisodeMean:
 class GRPOLoss(EpisodeMean, ClipPPOLoss):
     """The clipped objective with one ratio per step, weighted by a given ``advantage`` [N, 1] (LUP).
 
+    The ratio and its clip to 1 - e .. 1 + e are TorchRL's, in the ``forward`` of ``ClipPPOLoss``.
+
     Built as ``GRPOLoss(actor, None, clip_epsilon=0.5, entropy_bonus=False, functional=False)``.
     """
 
