@@ -54,6 +54,10 @@ class Algorithm:
             )
         return players
 
+    def worth(self, batch: TensorDictBase, reward: Tensor) -> Tensor:
+        """What each of E episodes counts when they are compared, float [E]: its reward, unless an algorithm says so."""
+        return reward
+
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
         """Learn from one round of episodes.
 

@@ -98,14 +98,20 @@ class GRPO(Algorithm):
             loss.reference = self.reference.actor  # a part of the loss, so that it is stored with it
         super().__init__(actor, Descent(loss, optimizer, **descent))
 
+    def advantages(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """The advantage of every step, float [E, T, 1], and bool [E]: of episodes that are told apart from others of
+        their group."""
+        advantage, informative = group_advantage(reward, group, self.normalize)
+        return per_step(advantage, batch), informative
+
     def update(self, batch: TensorDictBase, reward: Tensor, group: Tensor) -> dict[str, float]:
         """See :meth:`Algorithm.update`; ``informative`` is the share of episodes in groups with different rewards.
 
         If no group is informative nothing is learnt, and the metrics of a gradient step are absent.
         """
-        advantage, informative = group_advantage(reward, group, self.normalize)
+        advantage, informative = self.advantages(batch, reward, group)
         batch = batch.select(*self.actor.in_keys, *(self.observes or ()), "action", "action_log_prob", "active")
-        batch["advantage"] = per_step(advantage, batch)
+        batch["advantage"] = advantage
         batch["episode"] = torch.arange(len(reward), device=reward.device)[:, None].expand(batch.shape)
         # Without a reference a group whose rewards are all equal has no gradient: its steps need no forward.
         steps = pack(batch, keep=None if self.reference else informative, summed=self.summed)

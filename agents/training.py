@@ -79,7 +79,8 @@ class Collector:
                 break
             seed = int(np.random.default_rng([self.seed, self.prompts.taken]).integers(1 << 31))
             part = play_groups(self.envs, players, self.prompts.take(missing), seed, algorithm.observes)
-            part = replace(part, group=part.group + number * self.prompts_per_round)
+            worth = algorithm.worth(part.batch, part.reward)
+            part = replace(part, reward=worth, group=part.group + number * self.prompts_per_round)
             teach.append(group_advantage(part.reward, part.group)[1])
             kept.append(part.keep(teach[-1]) if self.max_batches > 1 else part)
         self.equal_groups = 1 - float(torch.cat(teach).float().mean())

@@ -58,6 +58,10 @@ class DLLMUnmaskEnv(gym.Env):
       episode, the last H of them, newest first (KLASS, arXiv 2511.05664). 100, the most that is shown, where the
       episode has had fewer steps, 0 for a step that unmasked nothing; committed positions read 0. It keeps L * V * 4
       bytes per lane.
+    - ``true_log_prob``, ``true_margin`` (``teacher_forcing=True``): how likely the dLLM holds the token of the right
+      completion, which is what will be committed there.
+      ``true_log_prob`` float32 [L] is its log-probability, -100 at least (committed: 0),
+      ``true_margin`` float32 [L] its probability minus the largest of all other tokens (committed: 1).
     - ``committed`` float32 [L] (``committed=True``): the largest probability at the time when the position was
       committed; masked positions, and those that no action committed, read 0.
     - ``tokens`` int64 [L] (``tokens=True``): the tokens of the completion, at masked positions those that would be
@@ -104,8 +108,8 @@ class DLLMUnmaskEnv(gym.Env):
     ## Arguments
     The fields of :class:`~dllm_gym.process.config.EnvConfig` (``model, task, split, gen_length, max_prompt_length,
     cut_prompts, block_length, block_origin, top_k, temperature, reward, alpha, max_episode_steps, steps_per_block,
-    committed_confidence, stop_at_eos, lookahead, cache, hidden, block_input, entropy, margin, committed, tokens, kl,
-    device, dtype``) and ``render_mode``.
+    committed_confidence, stop_at_eos, lookahead, cache, teacher_forcing, hidden, block_input, entropy, margin,
+    committed, tokens, kl, device, dtype``) and ``render_mode``.
     ``gym.make`` keeps ``max_episode_steps`` for its own ``TimeLimit`` wrapper, which cuts an episode from outside,
     ungraded; construct ``DLLMUnmaskEnv(max_episode_steps=...)`` (or use ``gym.make_vec``) for a limit that is part of
     the process.

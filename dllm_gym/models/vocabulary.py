@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from dllm_gym.noise import fold, uniform_from
 
 SLICE = {"cpu": 2048, "cuda": 16384}  # tokens of the vocabulary that are looked at at a time; a CPU's stay in its cache
+LOG_LEAST = -100.0  # log-probabilities of the truth end here; exp gives about the smallest number that float32 holds
 HOTTEST = 1e30  # beyond it every token that may be proposed is as likely as any other, in float32
 PART = 1 << 25  # numbers that one slice, or a reduction over the vocabulary, may hold (128 MiB)
 
@@ -35,6 +36,8 @@ class Prediction:
         entropy: float32 [n], Shannon entropy of the distribution in nats.
         margin: float32 [n], the largest probability minus the second largest.
         log_prob: float32 [n, V], the whole distribution; -inf for a token that is never proposed.
+        true_log_prob: float32 [n], the log-probability of the true token, at least LOG_LEAST.
+        true_margin: float32 [n], its probability minus the largest of the others.
 
     What was not asked for (see :class:`Sampling`) is None.
     """
@@ -45,6 +48,8 @@ class Prediction:
     entropy: Tensor | None = None
     margin: Tensor | None = None
     log_prob: Tensor | None = None
+    true_log_prob: Tensor | None = None
+    true_margin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Sampling:
             distribution in any case.
         hidden, entropy, margin, log_prob: what else to return. Like the confidences, they describe the untempered
             distribution. ``log_prob`` is the only one whose memory grows with the vocabulary.
+        truth: return ``true_log_prob`` and ``true_margin`` as well, of tokens that are given with the positions.
     """
 
     top_k: int = 1
@@ -66,11 +72,13 @@ class Sampling:
     entropy: bool = False
     margin: bool = False
     log_prob: bool = False
+    truth: bool = False
 
     @property
     def measures(self) -> list[str]:
         """Which numbers per position are asked for beside the confidences."""
-        return [name for name in ("entropy", "margin") if getattr(self, name)]
+        asked = [name for name in ("entropy", "margin") if getattr(self, name)]
+        return asked + (["true_log_prob", "true_margin"] if self.truth else [])
 
 
 @dataclass
@@ -83,6 +91,7 @@ class Slices:
     token: list[Tensor] = field(default_factory=list)  # (n,) that candidate
     spread: list[Tensor] = field(default_factory=list)  # (n,) its largest logit minus its mean logit
     logits: list[Tensor] = field(default_factory=list)  # (n, slice), kept for log_prob only
+    true: list[Tensor] = field(default_factory=list)  # (n,) the true token's logit, -inf in all slices but its own
 
 
 class Vocabulary:
@@ -108,23 +117,28 @@ class Vocabulary:
         hooked = self.head._forward_hooks or self.head._forward_pre_hooks or hasattr(self.head, "_hf_hook")
         return type(self.head) is nn.Linear and not hooked
 
-    def read(self, hidden: Tensor, sampling: Sampling, stream: Tensor | None = None) -> Prediction:
+    def read(
+        self, hidden: Tensor, sampling: Sampling, stream: Tensor | None = None, truth: Tensor | None = None
+    ) -> Prediction:
         """Predict n positions.
 
         Args:
             hidden: [n, d] last hidden states.
             stream: int64 [n], a random stream per position; needed with a temperature.
+            truth: int64 [n], the true tokens; needed where they are asked about.
 
         Raises:
-            ValueError: a temperature without streams, or logits that are not finite (on a CPU; on another device the
-                host does not wait, and the next transfer raises).
+            ValueError: a temperature without streams, a question about true tokens without these, or logits that are
+                not finite (on a CPU; on another device the host does not wait, and the next transfer raises).
         """
         if sampling.temperature > 0 and stream is None:
             raise ValueError(f"temperature={sampling.temperature} draws tokens at random: pass key, one stream per row")
+        if sampling.truth and truth is None:
+            raise ValueError("truth=True asks how likely the true tokens are: pass them")
         width = slice_width(hidden.device) if self.sliced else self.size
         rows = max(1, PART // min(width, self.size))
-        streams = repeat(None) if stream is None else stream.split(rows)
-        pieces = [self._read(*piece, sampling) for piece in zip(hidden.split(rows), streams, strict=False)]
+        streams, truths = (repeat(None) if x is None else x.split(rows) for x in (stream, truth))
+        pieces = [self._read(*piece, sampling) for piece in zip(hidden.split(rows), streams, truths, strict=False)]
         columns: dict[str, Any] = {}
         for name in Prediction.__dataclass_fields__:
             column = [getattr(piece, name) for piece in pieces]
@@ -132,13 +146,15 @@ class Vocabulary:
         refuse_nan(columns["confidence"], hidden.dtype)
         return Prediction(**columns)
 
-    def _read(self, hidden: Tensor, stream: Tensor | None, sampling: Sampling) -> Prediction:
+    def _read(self, hidden: Tensor, stream: Tensor | None, truth: Tensor | None, sampling: Sampling) -> Prediction:
         slices = Slices()
-        k = max(sampling.top_k, 2 if sampling.margin else 1)
+        k = max(sampling.top_k, 2 if sampling.margin or sampling.truth else 1)
         for start, logits in self._slices(hidden):
             value, index = self._candidates(logits, start, stream, sampling.temperature).max(-1)
             slices.score.append(value)
             slices.token.append(index + start)
+            if sampling.truth and truth is not None:
+                slices.true.append(_logit_of(logits, truth - start))
             few = min(k, logits.shape[-1])
             greedy = few == 1 and sampling.temperature == 0
             _look(slices, logits, value[:, None] if greedy else logits.topk(few, -1).values, sampling)
@@ -158,6 +174,7 @@ class Vocabulary:
             entropy=entropy.clamp(0, math.log(self.size)) if entropy is not None else None,
             margin=probability[:, 0] - probability[:, 1] if sampling.margin else None,
             log_prob=torch.cat(slices.logits, -1) - (largest[:, 0] + mass)[:, None] if sampling.log_prob else None,
+            **(_about_truth(torch.stack(slices.true).amax(0), largest, mass) if sampling.truth else {}),
         )
 
     def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -220,6 +237,22 @@ def _look(slices: Slices, logits: Tensor, largest: Tensor, sampling: Sampling) -
     slices.mass.append(total.log())
     spread = -(weight * away.masked_fill_(weight == 0, 0)).sum(-1) / total
     slices.spread.append(spread.nan_to_num(0))  # of a slice of nothing but forbidden tokens
+
+
+def _logit_of(logits: Tensor, token: Tensor) -> Tensor:
+    """float32 [n], of logits [n, c] that of each row's token int64 [n], which counts from the slice; -inf outside."""
+    inside = (token >= 0) & (token < logits.shape[-1])
+    found = logits.gather(1, token.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+    return found.masked_fill(~inside, -torch.inf)
+
+
+def _about_truth(true: Tensor, largest: Tensor, mass: Tensor) -> dict[str, Tensor]:
+    """Log-probability and margin of the true tokens, by their logits [n], the largest ones [n, k >= 2], descending, and
+    the logsumexp [n] of all counted from the largest."""
+    log_prob = true - largest[:, 0] - mass  # (n,)
+    other = torch.where(true == largest[:, 0], largest[:, 1], largest[:, 0])
+    margin = log_prob.exp() - (other - largest[:, 0] - mass).exp()
+    return {"true_log_prob": log_prob.clamp(LOG_LEAST, 0), "true_margin": margin}
 
 
 def _spread(slices: Slices, offset: Tensor, log_share: Tensor) -> Tensor:

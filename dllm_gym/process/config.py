@@ -61,6 +61,9 @@ class EnvConfig:
         cache: ``"none"``, or ``"prefix"`` or ``"dual"``: keys and values of the tokens before the active block, or
             before and behind it, are those of the step that began the block (Fast-dLLM, arXiv 2505.22618). Faster,
             and approximate: other tokens, other NFE. ``"prefix"`` is exact for block-causal dLLMs.
+        teacher_forcing: for training alone: positions are filled with the tokens of a right completion
+            (:meth:`Task.gold <dllm_gym.tasks.Task.gold>`, EOS behind it) in place of the dLLM's proposals, and how
+            likely the dLLM held these tokens is observed, too.
         hidden: observe the dLLM's last hidden states, too (those of the last prediction).
         block_input: observe what the dLLM's last block reads, too (at the last prediction). Not with ``cache``, and not
             of a compiled dLLM.
@@ -95,6 +98,7 @@ class EnvConfig:
     stop_at_eos: bool = False
     lookahead: bool = True
     cache: str = "none"
+    teacher_forcing: bool = False
     hidden: bool = False
     block_input: bool = False
     entropy: bool = False

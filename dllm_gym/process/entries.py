@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dllm_gym.models.vocabulary import LOG_LEAST
 from dllm_gym.process.config import EnvConfig
 from dllm_gym.process.predictions import KL_MOST, Predictions
 
@@ -124,6 +125,23 @@ ENTRIES = (
         lambda now: None if now.core.alpha_range is None else now.core.preference[:, None],
         setting="alpha",
     ),
+    Entry(
+        "true_log_prob",
+        ("L",),
+        lambda now: now.said.measures.get("true_log_prob"),
+        high=0.0,
+        low=LOG_LEAST,
+        committed=0.0,
+        setting="teacher_forcing",
+    ),
+    Entry(
+        "true_margin",
+        ("L",),
+        lambda now: now.said.measures.get("true_margin"),
+        low=-1.0,
+        committed=1.0,
+        setting="teacher_forcing",
+    ),
     Entry("committed", ("L",), lambda now: now.core.certainty, setting="committed"),
     Entry(
         "tokens",
@@ -140,7 +158,8 @@ ENTRIES = (
 
 def _settings(kind: type) -> tuple[str, ...]:
     """The settings of that type; a range of alphas is not asked for by whoever decides."""
-    return tuple(e.setting for e in ENTRIES if e.setting and type(getattr(EnvConfig, e.setting)) is kind)
+    named = (e.setting for e in ENTRIES if e.setting and type(getattr(EnvConfig, e.setting)) is kind)
+    return tuple(dict.fromkeys(named))
 
 
 COUNTS, FLAGS = _settings(int), _settings(bool)  # the larger one serves whoever asks for less

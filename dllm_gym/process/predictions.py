@@ -67,6 +67,7 @@ class Request:
         key: int64 [b], random streams for proposals at a temperature.
         row: per row its tokens (without padding) if these alone say what is asked and it may come again, else None: as
             long as nothing has been committed, or always, where states are revisited.
+        truth: int64 [b, L], the right completions, where it is asked how likely they are; else None.
     """
 
     lanes: np.ndarray
@@ -77,6 +78,7 @@ class Request:
     block: np.ndarray
     key: Tensor
     row: Sequence[bytes | None]
+    truth: Tensor | None = None
 
     def pick(self, rows: np.ndarray) -> Request:
         """Some of the rows, in the order of their indices ``rows``."""
@@ -85,7 +87,8 @@ class Request:
         on_device = upload(rows, self.tokens.device)
         tensors = {name: getattr(self, name)[on_device] for name in ("tokens", "where", "key")}
         arrays = {name: getattr(self, name)[rows] for name in ("lanes", "length", "count", "block")}
-        return replace(self, **tensors, **arrays, row=[self.row[i] for i in rows])
+        truth = None if self.truth is None else self.truth[on_device]
+        return replace(self, **tensors, **arrays, row=[self.row[i] for i in rows], truth=truth)
 
 
 def positions(where: Tensor, count: int) -> Tensor:
@@ -335,7 +338,8 @@ class Predictions:
         """Take over what hidden states [n, d] say about the flat positions ``at`` (int64 [n], row * L + position)."""
         row, column = at // self.L, at % self.L
         stream = fold(rows.key[row], self.L - column) if self.sampling.temperature > 0 else None
-        prediction: Prediction = self.dllm.vocabulary.read(hidden, self.sampling, stream)
+        truth = None if rows.truth is None else rows.truth[row, column]
+        prediction: Prediction = self.dllm.vocabulary.read(hidden, self.sampling, stream, truth)
         at = lanes[row] * self.L + column
         device = self.proposal.device
         self.proposal.view(-1)[at] = prediction.token.to(device)

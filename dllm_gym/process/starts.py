@@ -68,22 +68,49 @@ def completion_of(task: Task, example: Example, dllm: DLLM, length: int) -> np.n
     return np.array(tokens + [dllm.eos_id] * (length - len(tokens)))
 
 
+def truth_of(task: Task, example: Example, dllm: DLLM, completion: np.ndarray) -> np.ndarray:
+    """A right completion int64 [L] of an example that begins with ``completion`` int64 [L].
+
+    Behind its text stands EOS; of a longer one the first L tokens count.
+
+    Raises:
+        ValueError: the task knows none, the dLLM has no tokens for it, or it lacks what the template gives.
+    """
+    text = task.gold(example)
+    tokens = dllm.spelling.plain(text)[: len(completion)]
+    truth = np.array(tokens + [dllm.eos_id] * (len(completion) - len(tokens)))
+    if ((completion != dllm.mask_id) & (completion != truth)).any():
+        raise ValueError(
+            f"task {task.name!r}: the gold completion {text[:SHOWN]!r} does not have what the template "
+            f"{str(task.template(example))[:SHOWN]} gives"
+        )
+    return truth
+
+
 @dataclass(frozen=True)
 class Start:
     """What one episode begins with.
 
     Attributes:
         prompt: int64 [P]. completion: int64 [L]. blanks: bool [L], where the completion is masked.
+        truth: int64 [L], a right completion; None where nobody asks for it.
     """
 
     prompt: np.ndarray
     completion: np.ndarray
     blanks: np.ndarray
+    truth: np.ndarray | None = None
 
     @classmethod
-    def of(cls, prompt: Sequence[int], completion: Sequence[int] | np.ndarray, mask_id: int) -> Start:
+    def of(
+        cls,
+        prompt: Sequence[int],
+        completion: Sequence[int] | np.ndarray,
+        mask_id: int,
+        truth: np.ndarray | None = None,
+    ) -> Start:
         tokens = np.asarray(completion, np.int64)
-        return cls(np.asarray(prompt, np.int64), tokens, tokens == mask_id)
+        return cls(np.asarray(prompt, np.int64), tokens, tokens == mask_id, truth)
 
     @property
     def row(self) -> np.ndarray:
@@ -91,15 +118,17 @@ class Start:
         return np.concatenate([self.prompt, self.completion])
 
     def with_completion(self, completion: np.ndarray) -> bytes:
-        """The row's tokens as int32, with another completion int64 [L] in place of its own."""
-        return np.concatenate([self.prompt, completion]).astype(np.int32).tobytes()
+        """The row's tokens as int32, with another completion int64 [L] in place of its own; then those of the truth."""
+        known = [self.prompt, completion, *([] if self.truth is None else [self.truth])]
+        return np.concatenate(known).astype(np.int32).tobytes()
 
 
 class Starts:
     """The examples of a split, as episodes begin with them.
 
     Args:
-        task, dllm: whose. length: L. config: its split, ``max_prompt_length`` and ``cut_prompts`` are read.
+        task, dllm: whose. length: L. config: its split, ``max_prompt_length``, ``cut_prompts`` and ``teacher_forcing``
+            are read.
 
     Raises:
         ValueError: no prompt is short enough; a prompt and its completion exceed the model's positions; a template is
@@ -114,6 +143,7 @@ class Starts:
     def __init__(self, task: Task, dllm: DLLM, length: int, config: EnvConfig):
         self.task, self.dllm, self.L = task, dllm, length
         self.kept = config.max_prompt_length if config.cut_prompts else None
+        self.forced = config.teacher_forcing
         self.examples = self._within(task.examples(config.split).to_list(), config.max_prompt_length)
         self._known: dict[int, Start] = {}
         sizes = [self._size(template_of(task, example, length)) for example in self.examples]
@@ -151,10 +181,12 @@ class Starts:
 
     def _start(self, index: int) -> Start:
         if index == EMPTY:
-            return Start.of([], [self.dllm.eos_id] * self.L, self.dllm.mask_id)
+            ended = np.full(self.L, self.dllm.eos_id)
+            return Start.of([], ended, self.dllm.mask_id, ended if self.forced else None)
         example = self.examples[index]
         completion = completion_of(self.task, example, self.dllm, self.L)
-        return Start.of(self._prompt(example), completion, self.dllm.mask_id)
+        truth = truth_of(self.task, example, self.dllm, completion) if self.forced else None
+        return Start.of(self._prompt(example), completion, self.dllm.mask_id, truth)
 
     def _prompt(self, example: Any) -> list[int]:
         """The prompt's tokens, if prompt and completion fit the model's positions."""

@@ -21,7 +21,7 @@ class State:
     """B rows of tokens, each on its way from blanks to an answer.
 
     Args:
-        dllm: whose tokens. lanes: B. length: L. blocks: what is decoded together. certainty: keep that.
+        dllm: whose tokens. lanes: B. length: L. blocks: decoded together. certainty: keep it. forced: write the truth.
 
     Attributes:
         tokens: int64 [B, P + L], left-padded prompts and completions; P grows with the longest prompt seen.
@@ -29,6 +29,7 @@ class State:
         steps: int64 [B], steps of the running episode (its NFE). key: int64 [B], its random stream.
         fresh: bool [B, L], committed by the last step. certainty: float32 [B, L], the largest probability where an
             action committed a proposal, when it did, 0 elsewhere; None where nobody asks for it.
+        truth: int64 [B, L], right completions; None unless they are forced.
         completion: int64 [B, L], the completions as the host knows them.
         revisits: states are expected to come again, in other episodes: evaluations, where many decide alike.
         running: bool [B], the episode goes on. stale: bool [B], tokens changed since they were predicted.
@@ -37,7 +38,7 @@ class State:
             whole: bool [B], no block was left with masks.
     """
 
-    def __init__(self, dllm: DLLM, lanes: int, length: int, blocks: Blocks, *, certainty: bool):
+    def __init__(self, dllm: DLLM, lanes: int, length: int, blocks: Blocks, *, certainty: bool, forced: bool):
         self.dllm, self.B, self.L, self.blocks = dllm, lanes, length, blocks
         device = dllm.device
         self.tokens = torch.full((lanes, length), dllm.eos_id, device=device)  # no mask: every lane starts empty
@@ -52,6 +53,7 @@ class State:
         self.key = torch.zeros(lanes, dtype=torch.int64, device=device)
         self.fresh = torch.zeros(lanes, length, dtype=torch.bool, device=device)
         self.certainty: Tensor | None = torch.zeros(lanes, length, device=device) if certainty else None
+        self.truth: Tensor | None = torch.full((lanes, length), dllm.eos_id, device=device) if forced else None
         self.position = torch.arange(length, device=device)
         self.active = ActiveBlocks(lanes, length, blocks.most_steps, device)
         self.stop_ids = torch.tensor(sorted(dllm.stop_ids), device=device)
@@ -73,7 +75,7 @@ class State:
 
     def put(self, lanes: np.ndarray, examples: np.ndarray, starts: Sequence[Start], keys: Sequence[int]) -> None:
         """Write the starts of episodes into lanes."""
-        self._widen(max(len(start.prompt) for start in starts))
+        self.tokens = widened(self.tokens, max(len(start.prompt) for start in starts) + self.L, self.dllm.pad_id)
         rows = np.full((len(lanes), self.tokens.shape[1]), self.dllm.pad_id)  # (n, P + L)
         for row, lane, start in zip(rows, lanes, starts, strict=True):
             row[len(row) - self.L - len(start.prompt) :] = start.row
@@ -85,6 +87,8 @@ class State:
         self.fresh[where] = False
         if self.certainty is not None:
             self.certainty[where] = 0
+        if self.truth is not None:
+            self.truth[where] = upload(np.array([start.truth for start in starts]), self.tokens.device)
         self.example[lanes] = examples
         self.running[lanes] = self.stale[lanes] = examples != EMPTY
         self.whole[lanes] = True
@@ -98,15 +102,9 @@ class State:
         self.unmaskable[lanes] = (masked & inside).sum(1)
         self.first_mask[lanes] = first
 
-    def _widen(self, prompt_length: int) -> None:
-        """Make room for a prompt longer than any before."""
-        missing = prompt_length + self.L - self.tokens.shape[1]
-        if missing > 0:
-            self.tokens = torch.nn.functional.pad(self.tokens, (missing, 0), value=self.dllm.pad_id)
-
     def tensors(self) -> list[Tensor]:
         """What is kept per lane on the device, [B, ...] each."""
-        optional = [] if self.certainty is None else [self.certainty]
+        optional = [each for each in (self.certainty, self.truth) if each is not None]
         return [self.tokens, self.steps, self.key, self.fresh, *self.active.tensors(), *optional]
 
     def request(self, lanes: np.ndarray, lookahead: bool, committed: bool) -> Request:
@@ -128,11 +126,12 @@ class State:
             count=count[lanes],
             block=(self.blocks.before(prompt) + np.minimum(self.first_mask[lanes], self.L - 1)) // self.block_length,
             key=fold(self.key[index], self.steps[index]),
+            truth=None if self.truth is None else self.truth[index],
             row=[self.starts[lane].with_completion(self.completion[lane]) if told[lane] else None for lane in lanes],
         )
 
     def move(self, action: Tensor, said: Predictions, stop_at_eos: bool) -> dict[str, np.ndarray]:
-        """Commit what was proposed at the chosen legal positions of running lanes, and count what is left.
+        """Commit what was proposed (or the truth) at the chosen legal positions of running lanes; count what is left.
 
         Returns:
             ``completion`` int64 [B, L], ``steps`` int64 [B], and int64 [B] that are 1 where so: ``changed``, a token
@@ -143,7 +142,8 @@ class State:
         running = upload(self.running, mask.device)[:, None]
         legal = mask & (self.active.of == active[:, None])
         chosen = action.bool() & legal & running  # a lane that was truncated stays as it is
-        completion = torch.where(chosen, said.proposal, self.tokens[:, -self.L :])
+        committed = said.proposal if self.truth is None else self.truth
+        completion = torch.where(chosen, committed, self.tokens[:, -self.L :])
         self.tokens[:, -self.L :] = completion
         self.steps += (mask & running).any(1)
         self.fresh = chosen
@@ -167,6 +167,12 @@ class State:
         self.masked, self.unmaskable, self.first_mask = host["masked"], host["unmaskable"], host["first_mask"]
         self.whole &= host["left"] == 0
         return host
+
+
+def widened(tokens: Tensor, width: int, pad_id: int) -> Tensor:
+    """Tokens [B, W] padded on the left where they are narrower than ``width``."""
+    missing = width - tokens.shape[1]
+    return torch.nn.functional.pad(tokens, (missing, 0), value=pad_id) if missing > 0 else tokens
 
 
 def completed(completion: Tensor, first_mask: Tensor, stop_ids: Tensor | None) -> Tensor:

@@ -83,20 +83,20 @@ class Unmasking(State):
         self.config = config
         self.pay = Pay(config.reward, config.alpha)
         self.alpha_range: AlphaRange | None = self.pay.range
-        self.stop_at_eos, self.lookahead = config.stop_at_eos, config.lookahead
+        self.stop_at_eos, self.lookahead, forced = config.stop_at_eos, config.lookahead, config.teacher_forcing
         self.task = make_task(config.task)
         L = config.gen_length or whole("gen_length", self.task.gen_length)
         self.max_steps: int = config.max_episode_steps or L
         asked = {each.name: getattr(config, each.name) for each in fields(Sampling) if each.name in FLAGS}
         self.shows_tokens = config.tokens
-        self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0)
+        self.sampling = Sampling(config.top_k, config.temperature, **asked, log_prob=config.kl > 0, truth=forced)
         dllm = load_dllm(config.model or self.task.dllm, config.device, config.dtype)
         blocks = blocks_of(config, dllm, L)
         if config.top_k > dllm.vocab_size:
             raise ValueError(f"top_k={config.top_k} exceeds the vocabulary of {dllm.vocab_size} tokens")
         self.source = Starts(self.task, dllm, L, config)
         self.examples, self.dropped = self.source.examples, self.source.dropped
-        super().__init__(dllm, B, L, blocks, certainty=config.committed)
+        super().__init__(dllm, B, L, blocks, certainty=config.committed, forced=forced)
         self.committed_confidence = config.committed_confidence
         self.alpha = np.zeros(B)  # each episode's own, where there is a range of them
         self.preference: Tensor = torch.zeros(B, device=dllm.device)

@@ -60,6 +60,14 @@ class Task(ABC):
         """What tables call the data set that an example is from: the task, if it has one alone."""
         return self.name
 
+    def gold(self, example: Example) -> str:
+        """A completion that is right, as text: what ``teacher_forcing`` writes.
+
+        Raises:
+            ValueError: the task knows none.
+        """
+        raise ValueError(f"task {self.name!r} has no gold completions: teacher forcing needs a task with Task.gold")
+
     @abstractmethod
     def grade(self, example: Example, completion: str) -> float:
         """The score in [0, 1] of a decoded completion. Never raises, whatever the text.
@@ -107,6 +115,9 @@ class ProceduralTask(Task):
     @abstractmethod
     def solution(self, example: Example) -> str:
         """A completion that scores 1 (what a dLLM for this task is trained on)."""
+
+    def gold(self, example: Example) -> str:
+        return self.solution(example)
 
     def causes(self, example: Example) -> dict[int, list[int]]:
         """Of characters of the solution (by place) those that they are worked out from; {}: there is no such order.

@@ -85,6 +85,15 @@ def chosen_style(style: str | PromptStyle | None, styles: Mapping[str, PromptSty
     return next(iter(styles.values())) if style is None else styles[choice("prompt_style", style, styles)]
 
 
+def behind(start: str, reply: str, name: str) -> str:
+    """A reply without its beginning; ValueError, which names the task, where it begins otherwise."""
+    if not reply.startswith(start):
+        raise ValueError(
+            f"task {name!r}: the reply of the data does not begin with the prefill {start[:40]!r}: say prefilled=false"
+        )
+    return reply.removeprefix(start)
+
+
 class DatasetTask(Task):
     """A task over rows of a dataset; a subclass says which columns there are, how to ask and how to grade.
 
@@ -101,9 +110,8 @@ class DatasetTask(Task):
             ``owner/name:config``, and with a branch, tag or commit ``owner/name@revision`` or
             ``owner/name@revision:config``); one file (JSON, JSONL, Parquet or CSV with a header), which is the split
             that its name says (``test.jsonl``, ``gsm8k_test.parquet``, ``math500.jsonl``), whole, or, where it says
-            none, ``train``; a folder with one file per split (``train.jsonl``, ``test.parquet``, ...); or a
-            mapping from ``train``, ``validation``, ``test`` (and ``shots``) to files. Cells of CSV files are read as
-            text.
+            none, ``train``; a folder with one file per split (``train.jsonl``, ...); or a mapping from ``train``,
+            ``validation``, ``test`` (and ``shots``) to files. Cells of CSV files are read as text.
         shots: how many examples with their answers precede the question. They are the first rows of ``shots`` data if
             there are any, else the first of ``train``, which are then no training examples.
         gen_length: L; the task's own by default.
@@ -192,6 +200,10 @@ class DatasetTask(Task):
     def prefill(self, example: Example) -> str:
         """How the reply begins."""
         return self.style.prefill
+
+    def gold(self, example: Example) -> str:
+        """The reply that the data hold, behind the prefill."""
+        return behind(self.whole_reply(example, ""), self.reply(example), self.name)
 
     def whole_reply(self, example: Example, completion: str) -> str:
         """The reply that ``completion`` ends: prefill and completion."""

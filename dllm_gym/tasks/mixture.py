@@ -126,6 +126,10 @@ class Mixture(Task):
         inner = task.dataset_of(own)
         return example["member"] if inner == task.name else f"{example['member']}/{inner}"
 
+    def gold(self, example: Example) -> str:
+        task, own = self.member(example)
+        return task.gold(own)
+
     def grade(self, example: Example, completion: str) -> float:
         task, own = self.member(example)
         return task.grade(own, completion)

@@ -25,6 +25,7 @@ def choices(group: str) -> list[str]:
 
 ONE_BY_ONE = ("dpls", "one_position")  # ordered or single picks: a set of several is no action of theirs
 TAUGHT = ("grpo_es", "imitation", "ontrack")
+FORCED = ("gt_margin", "sas")  # need teacher forcing
 REASONS = {
     **{("upo", d): "use distribution=one_position" for d in choices("distribution") if d != "one_position"},
     **{(a, d): "never takes the actions of the expert" for a in TAUGHT for d in ONE_BY_ONE},
@@ -48,8 +49,7 @@ def scripts():
     sys.path.remove(str(ROOT / "scripts"))
 
 
-@pytest.fixture(scope="module")
-def envs():
+def make_envs(**more):
     """Sees all that any policy reads; three steps are enough to learn from."""
     return gym.make_vec(
         "DLLMUnmask-v0",
@@ -61,7 +61,18 @@ def envs():
         alpha=[0.1, 10],
         block_input=True,
         max_episode_steps=3,
+        **more,
     )
+
+
+@pytest.fixture(scope="module")
+def envs():
+    return make_envs()
+
+
+@pytest.fixture(scope="module")
+def forced():
+    return make_envs(teacher_forcing=True)
 
 
 def two_updates(scripts, envs, *overrides):
@@ -87,7 +98,8 @@ POLICIES = [name for name in choices("policy") if name != "dit_confidence"]  # t
     ("agent", "policy", "distribution"),
     list(itertools.product(choices("agent"), POLICIES, choices("distribution"))),
 )
-def test_two_updates_or_a_reason(scripts, envs, agent, policy, distribution):
+def test_two_updates_or_a_reason(scripts, envs, forced, agent, policy, distribution):
+    envs = forced if agent in FORCED else envs
     overrides = [f"agent={agent}", f"policy={policy}", f"distribution={distribution}"]
     if policy.endswith("_lup"):  # they do not begin as the identity: our rate throws them off in one step
         overrides.append("agent.algorithm.optimizer.lr=3e-5")

@@ -28,13 +28,14 @@ EVERYTHING = {
     "kl": 3,
     "hidden": True,
     "block_input": True,
+    "teacher_forcing": True,
     "alpha": [1.0, 3.0],
 }
 
 
 def test_settings_ask_for_entries():
     assert COUNTS == ("top_k", "kl")
-    assert FLAGS == ("entropy", "margin", "committed", "tokens", "hidden", "block_input")
+    assert FLAGS == ("entropy", "margin", "teacher_forcing", "committed", "tokens", "hidden", "block_input")
     known = {field.name for field in dataclasses.fields(EnvConfig)}
     assert {entry.setting for entry in ENTRIES} - {None} <= known
 
