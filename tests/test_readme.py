@@ -240,6 +240,34 @@ def test_the_card_has_every_entry_and_every_argument():
     assert sorted(quoted(column("environment.md", "Arguments"))) == sorted(arguments)
 
 
+KEYS = {  # of the papers' published configurations -> the section with a table of what they are here
+    "LUP as published": """adam_beta1 adam_beta2 alpha_compute_reward alpha_correctness_reward attn_implementation beta
+    bf16 block_length confidences_top_p dataset dpls_stop_logit epsilon es_thresholds generation_batch_size
+    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs learning_rate load_in_4bit
+    logging_steps loglikelihood_dtype lr_scheduler_type max_completion_length max_grad_norm max_prompt_length model_path
+    num_generations num_iterations num_train_epochs per_device_eval_batch_size per_device_train_batch_size
+    policy_dropout policy_feedforward_dim policy_full_context policy_hidden_dim policy_num_blocks policy_num_heads
+    policy_smart_init policy_time_embed_dim policy_time_period policy_type remasking resume_from_checkpoint
+    reward_functions reward_weights sampling_mode save_best_checkpoint save_steps save_strategy save_total_limit seed
+    temperature timestep_batch_size torch_dtype use_vllm vllm_device vllm_gpu_memory_utilization warmup_steps
+    weight_decay""",
+    "How they compare": """adam_beta1 adam_beta2 attn_implementation beta bf16 block_length dataset diffusion_steps
+    divergence epsilon extra_bim_size extra_model_path extra_temperature generation_batch_size
+    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs learning_rate load_in_4bit
+    logging_steps lora_alpha lora_dropout lora_r lr_scheduler_type max_completion_length max_grad_norm
+    max_prompt_length max_steps model_path num_generations num_iterations num_train_epochs output_dir p_mask_prompt
+    peft_task_type per_device_eval_batch_size per_device_train_batch_size random_masking ref_model_sync_steps remasking
+    resume_from_checkpoint run_name save_steps save_strategy save_total_limit seed sync_ref_model temperature
+    torch_dtype use_peft use_vllm vllm_device vllm_gpu_memory_utilization warmup_ratio weight_decay""",
+}
+
+
+@pytest.mark.parametrize("section", KEYS)
+def test_every_published_key_is_told(section):
+    told = {name.partition(":")[0] for name in quoted(column("methods.md", section))}
+    assert set(KEYS[section].split()) <= told
+
+
 def test_the_choices_of_every_group_are_told():
     told = dict(zip(column("runs.md", "Commands"), column("runs.md", "Commands", 2), strict=True))
     for group in ("agent", "distribution", "policy", "task", "env", "reward", "logger"):
