@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         requirements,
         take_over,
     )
-    from run_folder import load_policy, naming
+    from run_folder import load_policy
 
     from dllm_gym.deciders.player import PolicyDecider, make_decider
     from dllm_gym.envs.episodes import record
@@ -89,10 +89,7 @@ def main(cfg: DictConfig) -> None:
             refuse_chosen(["alpha"], f"the policy of {cfg.checkpoint} has no preference")
     refuse_a_range_that_nothing_reads(cfg, [decider])
     device = prepare(cfg)
-    racers = [decider]
-    for name in cfg.against:
-        with naming("against", name):
-            racers.append(make_decider(name))
+    racers = [decider, *(make_decider(name) for name in cfg.against)]
     for racer in racers:
         if isinstance(racer, PolicyDecider):
             racer.policy.to(device)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_rules import RULES
 from toys import Sums
 
@@ -291,8 +292,21 @@ def of_before(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def reweighted(change):
+    def spoil(folder):
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: change(value) for name, value in weights.items()}, folder / "model.safetensors")
+
+    return spoil
+
+
 SPOILT = {
-    "an earlier layout": (of_before, "how it wants to be played.*distribution="),
+    "an earlier layout": (of_before, "/mine': .*how it wants to be played.*distribution="),
+    "a size that no file has": (changed(width=10**9), "width=1000000000 does not go with"),
+    "blocks that no file has": (changed(blocks=10**9), "blocks=1000000000 does not go with"),
+    "another size": (changed(width=8), r"has shape \[.*\], not \[.*\]; .*, and \d+ more$"),
+    "weights that are no numbers": (reweighted(lambda value: value * float("nan")), "holds what is not finite"),
+    "weights of whole numbers": (reweighted(torch.Tensor.int), "is of dtype int32"),
     "an unknown setting": (changed(layers=2), r"unknown settings \['layers'\]"),
     "an unknown manner": (changed(manner={"distribution": "OnePosition", "haste": 2}), "'haste'"),
     "a wrong manner": (changed(manner={"distribution": "OnePosition", "temperature": 0}), "temperature=0"),

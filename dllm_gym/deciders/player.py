@@ -154,12 +154,16 @@ def make_decider(policy: str | Path | Policy | Decider, **chosen: Any) -> Decide
         ValueError: there is no such rule or policy; something is chosen that it has not, or lacks.
     """
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    source = policy if isinstance(policy, str | Path) else None
     if isinstance(policy, str | Path):
         bare = str(policy).strip() in known_rules() and not Path(policy).exists()
         is_rule = bare or RULE.fullmatch(str(policy))
         policy = make_rule(str(policy)) if is_rule else _named(Policy.load, policy)
     if isinstance(policy, Policy):
-        return _play(policy, **chosen)
+        try:
+            return _play(policy, **chosen)
+        except ValueError as error:
+            raise error if source is None else ValueError(f"policy={str(source)!r}: {error}") from None
     if not callable(policy):
         raise ValueError(f"policy={policy!r} decides nothing: need a rule, a policy or (observation, noise) -> action")
     if chosen:
@@ -171,7 +175,8 @@ def _named(load: Callable[[str | Path], Policy], source: str | Path) -> Policy:
     try:
         return load(source)
     except ValueError as error:
-        raise ValueError(f"policy={str(source)!r}: no rule such as threshold(0.9), and {error}") from None
+        else_rule = "" if Path(source).exists() else "no rule such as threshold(0.9), and "
+        raise ValueError(f"policy={str(source)!r}: {else_rule}{error}") from None
 
 
 def _play(policy: Policy, alpha: float | None = None, **chosen: Any) -> PolicyDecider:

@@ -36,6 +36,7 @@ _ADDED = {
     "hidden_size": 0,
     "absolute_positions": False,
 }
+_SIZE = 2**20  # of a setting, where the file of weights is smaller than that
 _NEVER = -1e6  # logit of a position that is no candidate: finite, and exp gives 0 at any sensible temperature
 
 
@@ -249,10 +250,14 @@ class Policy(
         folder = locate(source, revision=revision, local_files_only=local_files_only, **download)
         policy = cls._from_config(folder)
         try:
-            policy.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            weights = load_file(folder / WEIGHTS)
+            if wrong := _misfits(weights, policy.state_dict()):
+                more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                raise ValueError("; ".join(wrong[:3]) + more)
+        except (OSError, SafetensorError, ValueError) as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{folder / WEIGHTS} does not hold the weights of this {cls.__name__}: {said}") from error
+        policy.load_state_dict(weights)
         policy.evidence = Evidence.beside(folder, PICTURE)
         return policy
 
@@ -268,11 +273,16 @@ class Policy(
         if set(config) != expected:
             missing, unknown = sorted(expected - set(config)), sorted(set(config) - expected)
             raise ValueError(f"{path}: missing settings {missing}, unknown settings {unknown}")
+        size = (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).is_file() else 0
+        for name, value in config.items():  # a network of that size has more weights: it is not even made
+            if isinstance(value, int) and value > max(size, _SIZE):
+                raise ValueError(f"{path}: {name}={value} does not go with a {WEIGHTS} of {size} bytes")
         try:
             policy = cls(**config)
             policy.manner = None if manner is None else Manner.of(manner)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # of torch: no network is that large
+            said = " ".join(str(error).split())
+            raise ValueError(f"{path}: {said}") from error
         return policy
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
@@ -285,6 +295,18 @@ def _named(policy: type[Policy]) -> list[str]:
     """The arguments of a family's constructor, without ``self``, ``*args`` and ``**settings``."""
     parameters = list(inspect.signature(policy.__init__).parameters.values())[1:]
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _misfits(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What of saved weights is not as a network's own."""
+    wrong = [f"{name} is missing" for name in own if name not in saved]
+    wrong += [f"{name} is unexpected" for name in saved if name not in own]
+    both = [(name, saved[name], own[name]) for name in own if name in saved]
+    shapes = [(name, list(one.shape), list(other.shape)) for name, one, other in both if one.shape != other.shape]
+    wrong += [f"{name} has shape {found}, not {needed}" for name, found, needed in shapes]
+    kinds = [(name, one) for name, one, other in both if one.is_floating_point() != other.is_floating_point()]
+    wrong += [f"{name} is of dtype {str(one.dtype).removeprefix('torch.')}" for name, one in kinds]
+    return wrong + [f"{name} holds what is not finite" for name, one, _ in both if not one.isfinite().all()]
 
 
 def smart_head(width: int, output_bias: float) -> nn.Linear:
