@@ -74,13 +74,14 @@ def policies(
 ) -> dict[str, Decider]:
     """The policies of these checkpoints; ``cfg`` takes over what they were trained with."""
     from factory import policy_deciders, take_over
-    from run_folder import load_policy
+    from run_folder import load_policy, naming
 
     found: dict[str, Decider] = {}
     own, loaded = cfg.copy(), [load_policy(name, cfg) for name in checkpoints]
     for name, label, (policy, trained) in zip(checkpoints, labels(checkpoints), loaded, strict=True):
         other = own.copy() if found else cfg
-        take_over(other, trained)
+        with naming("checkpoint", name):
+            take_over(other, trained)
         for group in ("model", "task", "env", "reward"):
             if OmegaConf.to_container(other[group], resolve=True) != OmegaConf.to_container(cfg[group], resolve=True):
                 raise ValueError(

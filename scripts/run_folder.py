@@ -170,15 +170,19 @@ def load_run(name: str | Path, may: Allowed) -> tuple[DictConfig, Checkpoint]:
     checkpoint = find_checkpoint(str(name))
     if checkpoint is not None:
         return load_config(checkpoint.config, may), checkpoint
-    if not Path(name).is_dir():
-        raise ValueError(f"{name} does not exist; give a run folder of scripts/train.py")
+    folder = Path(name)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{name} {what}; give a run folder of scripts/train.py")
+    if not (folder / CONFIG).exists() and not Checkpoints(folder).all():
+        raise ValueError(f"{name} is neither a run folder of scripts/train.py (no {CONFIG}) nor a saved policy")
     try:
-        saved = load_config(Path(name) / CONFIG, may)
+        saved = load_config(folder / CONFIG, may)
     except ValueError as error:
-        other = next(Checkpoints(Path(name)).whole(), None)
+        other = next(Checkpoints(folder).whole(), None)
         offer = f"; {other} has a copy" if other is not None and other.number >= 0 else ""
         raise ValueError(f"{error}{offer}") from None
-    return saved, Checkpoints(Path(name)).get()
+    return saved, Checkpoints(folder).get()
 
 
 def is_alone(name: str) -> bool:

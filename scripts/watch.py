@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         requirements,
         take_over,
     )
-    from run_folder import load_policy
+    from run_folder import load_policy, naming
 
     from dllm_gym.deciders.player import PolicyDecider, make_decider
     from dllm_gym.envs.episodes import record
@@ -81,7 +81,8 @@ def main(cfg: DictConfig) -> None:
     decider = hydra.utils.instantiate(cfg.decider)
     if cfg.checkpoint is not None:
         policy, trained = load_policy(cfg.checkpoint, cfg)
-        take_over(cfg, trained)
+        with naming("checkpoint", cfg.checkpoint):
+            take_over(cfg, trained)
         settings = {"distribution": trained.distribution, "reward": cfg.reward, "evaluation": {"alphas": [cfg.alpha]}}
         greedy, sampled = policy_deciders(policy, OmegaConf.create(settings)).values()
         decider = greedy if cfg.greedy else sampled

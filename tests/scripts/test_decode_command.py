@@ -51,6 +51,20 @@ def test_a_text_with_blanks_is_filled_in(tmp_path, capsys):
         call("decode", tmp_path, "fill='a.'", "file=x")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "watch"])
+def test_a_checkpoint_that_is_none_is_one_line(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    odd = DiTConfidence(width=16, ffn=32)
+    odd.manner = Manner("ZeroTruncatedBernoulli", model={"model": "tiny"}, env={"gen_length": 20, "colour": "red"})
+    odd.save_pretrained(tmp_path / "odd")
+    said = {"empty": "neither a run folder", "file": "is a file", "missing": "does not exist", "odd": "env.colour"}
+    for name, words in said.items():
+        with pytest.raises(ValueError, match=f"^checkpoint='{tmp_path / name}': .*{words}") as raised:
+            call(command, tmp_path / "out", f"checkpoint={tmp_path / name}")
+        assert "\n" not in str(raised.value)
+
+
 def test_prompts_of_a_file_are_decoded_and_written(tmp_path, texts):
     lines = [{"prompt": GRIDS[0]}, {"prompt": [{"role": "user", "content": GRIDS[1][:-1]}]}]
     lines += [{"prompt": GRIDS[2], "given": [texts[2][:5], 15]}]
