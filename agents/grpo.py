@@ -62,8 +62,7 @@ class GRPO(Algorithm):
             sides apart ("clip-higher", DAPO, arXiv 2503.14476); low in (0, 1), high > 0.
         normalize: divide the advantage by the group's standard deviation (DeepSeekMath's GRPO, arXiv 2402.03300).
         summed: an episode's loss is the sum over its steps, the policy gradient itself. LUP takes their mean, which
-            weighs the steps of short episodes more: what makes an answer fast is learnt better than what makes a slow
-            one right (the length bias of GRPO, arXiv 2503.20783).
+            weighs the steps of short episodes more (the length bias of GRPO, arXiv 2503.20783).
         kl_scale: weight of the reference; 0 leaves it out.
         reference: None: :class:`Beginning`, the actor as it is given here.
         descent: further settings of :class:`~agents.losses.Descent` (``scheduler, epochs, max_grad_norm, chunk``).
