@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 
 def path_log_prob(batch: TensorDictBase) -> Tensor:
     """float32 [E, T]: log-likelihood of the true tokens that each step commits, given those committed before; 0 behind
-    an episode's end."""
-    picked = (batch["action"] != 0) & (batch["action_mask"] != 0) & batch["active"][..., None]
-    return torch.where(picked, batch["true_log_prob"], 0.0).sum(-1)
+    an episode's end. The last step of one that is cut is counted as if it had committed all that it left masked: else
+    nothing would be likelier than to commit nothing."""
+    active = batch["active"]  # (E, T)
+    last = active & ~torch.cat([active[:, 1:], torch.zeros_like(active[:, :1])], 1)
+    picked = (batch["action"] != 0) & (batch["action_mask"] != 0) & active[..., None]
+    counted = picked | ((batch["mask"] != 0) & last[..., None])
+    return torch.where(counted, batch["true_log_prob"], 0.0).sum(-1)
 
 
 class SAS(GRPO):
@@ -36,7 +40,8 @@ class SAS(GRPO):
 
     What could be read of the paper does not say, and is chosen here: ``to_go`` and the settings of GRPO. Its second
     stage, which fine-tunes the dLLM along learned paths, is left out: the dLLM is frozen here. The paper decodes one
-    position per step (``distribution=one_position``); with sets of positions a step earns the sum over its set.
+    position per step (``distribution=one_position``); with sets of positions a step earns the sum over its set, and
+    what an episode that is cut leaves masked counts as committed by its last step.
 
     Args:
         actor, optimizer, settings: as of :class:`~agents.grpo.GRPO`.
@@ -47,7 +52,7 @@ class SAS(GRPO):
         ValueError: a setting is out of range.
     """
 
-    requires = {"teacher_forcing": 1}
+    requires = {"teacher_forcing": 1, "lookahead": 1}  # of what is left masked, in whichever block
 
     def __init__(
         self,
@@ -59,7 +64,7 @@ class SAS(GRPO):
     ):
         self.to_go = flag("to_go", to_go)
         super().__init__(actor, optimizer, **settings)
-        self.observes = list(dict.fromkeys([*actor.in_keys, "action_mask", "true_log_prob"]))
+        self.observes = list(dict.fromkeys([*actor.in_keys, "mask", "action_mask", "true_log_prob"]))
 
     def worth(self, batch: TensorDictBase, reward: Tensor) -> Tensor:
         """float32 [E]: the log-likelihood of the right answer along each path."""

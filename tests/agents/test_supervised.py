@@ -246,6 +246,29 @@ def test_the_self_aware_reward_is_the_log_likelihood_along_the_path():
     assert metrics["log_likelihood"] == pytest.approx(sum(expected) / 6, abs=1e-3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"block_length": 4, "steps_per_block": 1}], ids=str)
+def test_who_leaves_masks_has_not_earned_more_than_who_commits_them_at_once(settings):
+    """Else the likeliest path would be the one that commits nothing."""
+
+    class Lazy:
+        def __init__(self, idle):
+            self.idle = idle
+
+        def decide(self, observation, noise):
+            action = (observation["action_mask"] != 0).to(torch.int8)
+            return action * (not self.idle), torch.zeros(action.shape[0])
+
+    forced = {"num_envs": 16, "teacher_forcing": True}
+    algorithm = SAS(make_actor(make_policy(), MaskedBernoulli), STEP)
+    cut, whole = (gym.make_vec("DLLMUnmask-v0", **forced, **s) for s in ({"max_episode_steps": 5, **settings}, {}))
+    idle = play_groups(cut, [(Lazy(True), 1)], range(16), 0, algorithm.observes)
+    busy = play_groups(whole, [(Lazy(False), 1)], range(16), 0, algorithm.observes)
+    assert idle.results[0].masked.all() and not busy.results[0].masked.any()
+    worth = algorithm.worth(busy.batch, busy.reward)
+    assert worth.min() < -5
+    torch.testing.assert_close(algorithm.worth(idle.batch, idle.reward), worth, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("to_go", [True, False])
 def test_sas_is_grpo_with_the_advantage_of_what_is_earned(to_go):
     batch, policy = one_position_batch(), make_policy()
@@ -255,6 +278,8 @@ def test_sas_is_grpo_with_the_advantage_of_what_is_earned(to_go):
     for e in range(E):
         for t in range(int(LENGTHS[e])):
             earned[e, t] = batch["true_log_prob"][e, t, batch["action"][e, t].nonzero().item()]
+        left = (batch["mask"][e, t] != 0) & (batch["action"][e, t] == 0)
+        earned[e, t] += batch["true_log_prob"][e, t][left].sum()
     for e in range(E):
         now = log_probs(twin, batch, e, OnePosition)
         for t in range(int(LENGTHS[e])):
