@@ -83,7 +83,7 @@ class CodeTask(DatasetTask):
 
     @abstractmethod
     def solution(self, example: Example) -> str:
-        """A whole program that passes."""
+        """A whole program that passes and begins with the head; empty where the data have none."""
 
     def examples(self, split: str) -> Any:
         self.sandbox.prove()  # before the first episode, not at its end
@@ -93,7 +93,10 @@ class CodeTask(DatasetTask):
         return self.style.prefill + self.head(example)
 
     def reply(self, example: Example) -> str:
-        return self.style.write("", self.solution(example).strip("\n"))
+        program = self.solution(example).rstrip("\n")
+        if not program:
+            raise ValueError(f"task {self.name!r}: the data have no solution of {self.question(example)[:40]!r}")
+        return self.style.write("", program)
 
     def program(self, example: Example, completion: str) -> str:
         """The program that a completion makes; empty if there is none.
@@ -216,7 +219,8 @@ class HumanEval(CodeTask):
         return f"{example['test']}\ncheck({example['entry_point']})\n"
 
     def solution(self, example: Example) -> str:
-        return example["prompt"] + example["canonical_solution"]
+        body = example.get("canonical_solution") or ""
+        return example["prompt"] + body if body else ""
 
 
 class MBPP(CodeTask):
@@ -281,7 +285,7 @@ class MBPP(CodeTask):
         return "\n".join([*setup, *example["test_list"], ""])
 
     def solution(self, example: Example) -> str:
-        return example["code"].replace("\r\n", "\n")
+        return str(example.get("code") or "").replace("\r\n", "\n").lstrip("\n")
 
 
 class KodCode(CodeTask):
@@ -351,7 +355,7 @@ class KodCode(CodeTask):
         return unit_tests(example["test"])
 
     def solution(self, example: Example) -> str:
-        return example["solution"]
+        return str(example["solution"]).lstrip("\n")
 
 
 def unit_tests(tests: str) -> str:

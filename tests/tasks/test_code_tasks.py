@@ -145,6 +145,31 @@ def test_the_reply_that_a_shot_shows_scores(any_sandbox, kod):
         assert task.grade(example, reply.removeprefix(prefill)) == 1.0
 
 
+def test_the_gold_completion_scores_however_the_program_begins(any_sandbox, kod):
+    blank = {**DOUBLE, "prompt": "\n\n" + DOUBLE["prompt"]}  # as many of HumanEval's begin
+    open_kod = KodCode(sandbox=any_sandbox.name, prefilled=False)
+    imports = open_kod.prepare({**KOD, "solution": f"\nimport math\n\n{KOD['solution']}\n\n"})
+    mbpp = MBPP(sandbox=any_sandbox)
+    golds = [(HumanEval(sandbox=any_sandbox), blank), (mbpp, {**SQUARE, "code": "\n" + SQUARE["code"]})]
+    for task, example in (*golds, (open_kod, imports), (kod, kod.prepare(KOD))):
+        assert task.grade(example, task.gold(example)) == 1.0
+    with pytest.raises(ValueError, match="does not begin with the prefill.*say prefilled=false"):
+        kod.gold(imports)
+
+
+def test_a_row_without_a_solution_has_neither_a_reply_nor_a_gold_completion(any_sandbox, kod):
+    for task, example, column in (
+        (HumanEval(sandbox=any_sandbox), DOUBLE, "canonical_solution"),
+        (MBPP(sandbox=any_sandbox), SQUARE, "code"),
+        (kod, kod.prepare({**KOD, "solution": None}), "none"),
+        (KodCode(sandbox=any_sandbox.name, prefilled=False), kod.prepare({**KOD, "solution": ""}), "none"),
+    ):
+        row = {name: value for name, value in example.items() if name != column}
+        for text in (task.gold, task.reply):
+            with pytest.raises(ValueError, match=f"task '{task.name}': the data have no solution of '"):
+                text(row)
+
+
 def test_a_program_cannot_look_up_the_solutions(any_sandbox):
     if isinstance(any_sandbox, RlimitSandbox):
         pytest.skip("limits alone hide nothing")
