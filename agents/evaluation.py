@@ -283,6 +283,8 @@ def save_report(
     :func:`dataset_rows`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("fronts.json", "datasets.csv", "datasets.json"):  # of an evaluation before, which had some
+        (folder / name).unlink(missing_ok=True)
     parts = [f"# {title}\n", markdown([shown(row) for row in rows])]
     if fronts:
         parts.append(markdown(fronts_shown(fronts)))

@@ -125,11 +125,16 @@ class Lab:
         env: of one split. known: what need not be played again.
         about: what else than the environment's own settings, its dLLM's weights and its examples decides an episode and
             its score: how dLLM and task are configured.
+
+    Raises:
+        ValueError: the environment commits right answers, whoever decides.
     """
 
     def __init__(self, env: DLLMUnmaskVectorEnv, known: Generations | None = None, about: Any = None):
         self.env, self.known = env, known or Generations()
         core = env.core
+        if core.config.teacher_forcing:
+            raise ValueError("teacher_forcing=True is for training: all answers are right, whoever decides")
         core.revisits = True
         settings = {name: getattr(core.config, name) for name in DECISIVE}  # all but the reward, and what is shown
         dllm = fingerprint(core.dllm.backbone.state_dict())

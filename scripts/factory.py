@@ -68,6 +68,11 @@ def make_envs(cfg: DictConfig, **settings: Any) -> DLLMUnmaskVectorEnv:
     task = hydra.utils.instantiate(cfg.task, _convert_="all")
     dllm = make_dllm(cfg, task)
     chosen = {**cfg.env, **cfg.reward}
+    if chosen.get("teacher_forcing"):
+        raise ValueError(
+            f"env.teacher_forcing={chosen['teacher_forcing']}: all answers would be right, whoever decides; agents "
+            "that learn from right answers (gt_margin, sas) switch it on for their training alone"
+        )
     for name, value in settings.items():  # of what the user and the deciders ask for the larger counts
         chosen[name] = max(chosen.get(name) or 0, value) if name in (*COUNTS, *FLAGS) else value
     envs = gym.make_vec("DLLMUnmask-v0", model=dllm, task=task, device=dllm.device, **chosen)

@@ -54,6 +54,11 @@ def test_a_lab_plays_as_an_evaluation_does_whatever_it_knows_already(decider, se
         assert line["nfe"] == len(line["sizes"]) and sum(line["sizes"]) == 20 and line["seconds"] > 0
 
 
+def test_a_lab_in_which_all_answers_are_right_is_refused():
+    with pytest.raises(ValueError, match="teacher_forcing=True"):
+        Lab(envs(1, teacher_forcing=True))
+
+
 def test_what_is_known_costs_no_forward_and_what_decides_it_parts_it(tmp_path):
     path = tmp_path / "generations.jsonl"
 

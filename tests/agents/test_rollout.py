@@ -95,6 +95,8 @@ def test_a_summary_averages_over_examples_and_seeds(tmp_path):
     made = summary("top_k(2)", [results_of([1.0, 0.0], [4, 6]), results_of([1.0, 1.0], [4, 2])])
     assert made["accuracy"] == 0.75 and made["nfe"] == 4.0 and made["family"] == "top_k"
     assert made["accuracy_low"] == 0.5 and made["accuracy_high"] == 1.0 and (made["examples"], made["seeds"]) == (2, 2)
+    for name in ("fronts.json", "datasets.csv", "datasets.json"):
+        (tmp_path / name).write_text("of an evaluation of a mixture in the same folder")
     save_report([made, {**made, "name": "policy(greedy)", "family": "policy"}], tmp_path, "title")
     names = ["manifest.json", "results.csv", "results.json", "results.md", "results.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names

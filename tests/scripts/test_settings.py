@@ -223,6 +223,9 @@ train env.temperature=hot                                | env.temperature='hot'
 train env.max_episode_steps=0                            | max_episode_steps=0
 train env.stop_at_eos=perhaps                            | env.stop_at_eos='perhaps'
 train env.lookahead=never                                | env.lookahead='never'
+train +env.teacher_forcing=true                          | env.teacher_forcing=True: all answers would be right
+evaluate +env.teacher_forcing=true                       | env.teacher_forcing=True: all answers would be right
+watch +env.teacher_forcing=true                          | env.teacher_forcing=True: all answers would be right
 train env.cache=big                                      | cache='big'
 train env.cache=7                                        | env.cache=7
 train +env.kl=-1                                         | kl=-1
