@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def page(
         deciders: what each is called; at most :data:`MOST`.
         races: per prompt and decider the frames of one episode, the last one with its score.
         curves: of the deciders that were trained, by their names: the rounds of the training, each with ``round`` and
-            :data:`METRICS`.
+            :data:`METRICS`; of which some are no finite number are left out.
 
     Raises:
         ValueError: there is nothing to show, too much, or not one episode per prompt and decider.
@@ -39,7 +40,7 @@ def page(
         "deciders": list(deciders),
         "columns": grid_columns(len(races[0][0][0].tokens)),
         "prompts": [{"prompt": race[0][0].prompt, "runs": [_run(frames) for frames in race]} for race in races],
-        "curves": [_curve(name, rounds) for name, rounds in (curves or {}).items() if rounds],
+        "curves": [_curve(name, known) for name, rounds in (curves or {}).items() if (known := _finite(rounds))],
     }
     # Within a script element "</script>" and "<!--" would be read as HTML.
     return TEMPLATE.read_text(encoding="utf-8").replace("$data", json.dumps(data).replace("<", "\\u003c"))
@@ -48,6 +49,11 @@ def page(
 def _run(frames: Sequence[Frame]) -> dict[str, Any]:
     blanks = len(frames[0].tokens) - frames[0].given
     return {"frames": [_moment(frame) for frame in frames], "score": frames[-1].score, "blanks": blanks}
+
+
+def _finite(rounds: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Those that a curve can go through; JSON knows no other numbers."""
+    return [one for one in rounds if all(math.isfinite(one[metric]) for metric in METRICS)]
 
 
 def _curve(name: str, rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:

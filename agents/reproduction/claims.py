@@ -367,7 +367,8 @@ def knob(cell: Cell) -> list[Finding]:
         f"{', '.join(f'{one:.3f}' for one in alone)}); NFE falls as alpha rises in {monotone} of {len(seeds)} seeds"
     )
     numbers = {"ratio": ratio, "envelope": rules, "monotone": float(monotone)}
-    return [Finding("knob", cell.title, "conditioned", ratio >= 1 and monotone == len(seeds), text, numbers)]
+    holds = ratio >= 1 and monotone == len(seeds) > 0
+    return [Finding("knob", cell.title, "conditioned", holds, text, numbers)]
 
 
 def lead(cell: Cell) -> list[Finding]:

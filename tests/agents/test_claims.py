@@ -158,6 +158,8 @@ def test_the_claim_about_the_knob_wants_the_area_of_all_rules_together_and_every
     assert found.numbers["envelope"] == pytest.approx(7.4 / 9)
     assert found.numbers["ratio"] == pytest.approx(7.8 / 7.4)
     assert found.holds and "in 1 of 1 seeds" in found.text
+    del place.seeds["conditioned"]
+    assert not knob(place)[0].holds and "in 0 of 0 seeds" in knob(place)[0].text
     place.seeds["conditioned"] = [*points, *crossed]
     assert not knob(place)[0].holds and "in 1 of 2 seeds" in knob(place)[0].text
     slower = Cell("sudoku", "full_diffusion", 10, rules, {"conditioned": at_alphas((1, 6.0, 0.9), (10, 4.0, 0.8))})

@@ -230,7 +230,8 @@ def test_learning_curves_are_drawn(tmp_path):
         Frame("a", ["b"], bits, np.ones(1), ~bits, bits, 1, 1.0),
     ]
     curve = [{"round": i, "reward": i / rounds, "accuracy": 0.5, "nfe": 9.0 - i / rounds} for i in range(rounds)]
-    text = page(["mine", "b"], [[frames, frames]] * 2, {"mine": curve, "b": []})
+    gap = {"round": rounds, "reward": float("nan"), "accuracy": 0.5, "nfe": 8.0}  # which no browser could read
+    text = page(["mine", "b"], [[frames, frames]] * 2, {"mine": [*curve, gap], "b": [gap]})
     (told,) = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', text, re.DOTALL)[1])["curves"]
     assert told["name"] == "mine" and len(told["round"]) == 200 and told["round"][0] == 0 and told["round"][-1] == 999
     assert told["nfe"][-1] == 8.001
