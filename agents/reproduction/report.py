@@ -112,7 +112,7 @@ def draw_front(cell: Cell, path: Path) -> None:
     axes.set(xlabel="NFE per answer (lower is faster)", ylabel="accuracy", title=cell.title, ylim=(-0.02, 1.04))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     save()
 
 
@@ -147,7 +147,7 @@ def canvas(path: Path, panels: int = 1) -> tuple[Any, Any]:
     """Axes (one, or an array of several) in the project's style, and the function that writes the picture."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(7.2 if panels == 1 else 10, 4.6), dpi=150)
+    figure, axes = plt.subplots(1, panels, figsize=(8.6 if panels == 1 else 10, 4.6), dpi=150)
     for one in np.atleast_1d(axes):
         one.grid(color="#DDDDDD", linewidth=0.6)
         one.set_axisbelow(True)
